@@ -1,0 +1,35 @@
+# The two commands of a newcomer are `make demo` and `make test`; each sets up what it needs.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PROTOS := $(wildcard protos/*.proto)
+SERVICE_PROTOS := $(shell grep -l '^service ' $(PROTOS))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint proto check-proto
+
+help: ## Show this
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.ready ## Make the virtual environment in .venv
+
+$(VENV)/.ready: deploy/setup.sh $(wildcard deploy/requirements/*.txt) pyproject.toml
+	deploy/setup.sh $(VENV)
+
+demo: setup ## Train the built-in model: warm-up, then RL with two replicas, with a report
+	$(BIN)/isentrope up deploy/config/demo.toml
+
+test: setup ## Unit tests and one short run with real parts
+	$(BIN)/python -m pytest
+
+lint: setup check-proto ## Formatting, lint, types, generated code
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+proto: setup ## Regenerate the Python of protos/*.proto
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --mypy_out=quiet:. $(PROTOS)
+	$(BIN)/python -m grpc_tools.protoc -I. --grpc_python_out=. --mypy_grpc_out=quiet:. $(SERVICE_PROTOS)
+
+check-proto: proto ## Fail if the committed Python is not what protos/ says
+	git diff --exit-code -- protos

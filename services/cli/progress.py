@@ -1,0 +1,309 @@
+"""Progress of a run for a person: a live display in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+from services.cli.measurements import Row, latest, number, values
+from services.cli.observer import View
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+_SPARKS = "▁▂▃▄▅▆▇█"
+_SPARK_WIDTH = 40
+_ETA_STEPS = 10
+_QUIET_SECONDS = 10.0
+
+
+class Progress(Protocol):
+    """Where `isentrope up` tells what happens."""
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+
+    def warn(self, text: str) -> None:
+        """A line that stays and stands out."""
+
+    def activity(self, text: str) -> None:
+        """What goes on now, before there is a view of the run; replaces the one before."""
+
+    def show(self, view: View) -> None:
+        """The run as it is now."""
+
+    def close(self) -> None:
+        """No more; leaves the cursor on a line of its own."""
+
+
+class PlainProgress:
+    """One ASCII line for each step, and now and then one in between; no control characters."""
+
+    def __init__(
+        self, output: TextIO, *, num_steps: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._output = output
+        self._num_steps = num_steps
+        self._clock = clock
+        self._last_step: float | None = None
+        self._last_activity = ""
+        self._said_at = clock() - _QUIET_SECONDS
+
+    def say(self, text: str) -> None:
+        print(text, file=self._output, flush=True)
+        self._said_at = self._clock()
+
+    def warn(self, text: str) -> None:
+        self.say(f"warning: {text}")
+
+    def activity(self, text: str) -> None:
+        if text != self._last_activity and self._clock() - self._said_at >= _QUIET_SECONDS:
+            self._last_activity = text
+            self.say(text)
+
+    def show(self, view: View) -> None:
+        if self._last_step is None:
+            self._last_step = self._resumed_at(view)
+        for place, row in enumerate(view.rows):
+            step = number(row, "step")
+            if step is not None and step > self._last_step:
+                self._last_step = step
+                self.say(step_line(view.rows[: place + 1], view, self._num_steps))
+        if self._clock() - self._said_at >= _QUIET_SECONDS:
+            self.say(_doing(view))
+
+    def close(self) -> None:
+        pass
+
+    def _resumed_at(self, view: View) -> float:
+        """Rows of before this launcher's start are old news."""
+        if view.learner is None:
+            return max(values(view.rows, "step"), default=-1.0)
+        return -1.0 if len(view.rows) <= 1 else (number(view.rows[-1], "step") or 0.0) - 1
+
+
+class LiveProgress:
+    """A display that is drawn anew each second, below the lines that stay."""
+
+    def __init__(self, console: Console, *, title: str, num_steps: int) -> None:
+        from rich.live import Live
+
+        self._console = console
+        self._title = title
+        self._num_steps = num_steps
+        self._started_at = time.monotonic()
+        self._live = Live(console=console, refresh_per_second=4, transient=True)
+        self._live.start()
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        self._console.print(
+            f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True
+        )
+
+    def activity(self, text: str) -> None:
+        from rich.spinner import Spinner
+        from rich.text import Text
+
+        self._live.update(Spinner("dots", Text(text)))
+
+    def show(self, view: View) -> None:
+        elapsed = time.monotonic() - self._started_at
+        self._live.update(dashboard(view, self._title, self._num_steps, elapsed))
+
+    def close(self) -> None:
+        self._live.stop()
+
+
+def step_line(rows: Sequence[Row], view: View, num_steps: int) -> str:
+    """The newest of `rows` as one ASCII line."""
+    row, learner = rows[-1], view.learner
+    parts = [f"step {number(row, 'step') or 0:.0f}/{num_steps}"]
+    parts += [
+        text
+        for text in (
+            _spelled("reward", number(row, "reward_mean"), ".3f"),
+            _eval_text(rows),
+            _spelled("entropy", number(row, "entropy"), ".4f"),
+            _spelled("coefficient", number(row, "entropy_coefficient"), ".2g"),
+            _staleness_text(row),
+            _spelled("tokens/s", tokens_per_second(row), ".0f"),
+            " ".join(f"{name} {depth}" for name, depth in sorted(learner.queue_depths.items()))
+            if learner
+            else "",
+            _spelled("mixed", float(mixed_completions(view)), ".0f") if view.services else "",
+            _eta_text(rows, num_steps),
+        )
+        if text
+    ]
+    return "  ".join(parts)
+
+
+def dashboard(view: View, title: str, num_steps: int, elapsed: float) -> RenderableType:
+    """The live display: where the run stands, what it measures, who serves."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[Any] = [_heading(view, title, num_steps, elapsed), _measures_table(view)]
+    if view.services:
+        parts.append(services_table(view))
+    parts.append(Text(_doing(view), style="yellow" if view.trouble else "dim"))
+    return Group(*parts)
+
+
+def services_table(view: View) -> RenderableType:
+    """Everyone who holds a lease."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2), header_style="dim")
+    for title in ("service", "state"):
+        table.add_column(title)
+    for title in ("version", "groups", "in flight", "mixed versions"):
+        table.add_column(title, justify="right")
+    for each in view.services:
+        is_rollout = each.member.role == "rollout"
+        style = None if each.answers else "yellow"
+        table.add_row(
+            each.member.name,
+            each.state,
+            _version_text(each.policy_version),
+            f"{each.groups:,}" if each.member.role != "learner" else "",
+            str(each.groups_in_flight) if is_rollout else "",
+            str(each.mixed_version_completions) if is_rollout else "",
+            style=style,
+        )
+    return table
+
+
+def sparkline(numbers: Sequence[float]) -> str:
+    """The course of `numbers`, lowest to highest, in at most forty characters."""
+    if len(numbers) < 2:
+        return ""
+    width = min(_SPARK_WIDTH, len(numbers))
+    edges = [round(place * len(numbers) / width) for place in range(width + 1)]
+    means = [
+        sum(numbers[start:end]) / (end - start)
+        for start, end in zip(edges, edges[1:], strict=False)
+    ]
+    low, span = min(means), max(means) - min(means)
+    if span == 0:
+        return _SPARKS[0] * width
+    top = len(_SPARKS) - 1
+    return "".join(_SPARKS[round((mean - low) / span * top)] for mean in means)
+
+
+def eta_seconds(rows: Sequence[Row], num_steps: int) -> float | None:
+    """What the steps left take at the pace of the last ones."""
+    step, pace = latest(rows, "step"), values(rows[-_ETA_STEPS:], "seconds")
+    if step is None or not pace:
+        return None
+    return max(0.0, num_steps - step) * sum(pace) / len(pace)
+
+
+def tokens_per_second(row: Row) -> float | None:
+    """Completion tokens trained on, over the whole step's time."""
+    tokens, seconds = number(row, "tokens"), number(row, "seconds")
+    return tokens / seconds if tokens is not None and seconds else None
+
+
+def mixed_completions(view: View) -> int:
+    """Completions sampled by more than one version, over the replicas that answer."""
+    return sum(each.mixed_version_completions for each in view.services)
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `3 min 05 s`, `2 h 10 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _heading(view: View, title: str, num_steps: int, elapsed: float) -> RenderableType:
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+
+    step = view.learner.step if view.learner else latest(view.rows, "step") or 0
+    grid = Table.grid(padding=(0, 2))
+    eta = eta_seconds(view.rows, num_steps)
+    grid.add_row(
+        f"[bold]{title}[/bold]",
+        f"step [bold]{step:.0f}[/bold] of {num_steps}",
+        ProgressBar(total=num_steps, completed=step, width=30),
+        f"{duration(elapsed)} so far",
+        "" if eta is None else f"about {duration(eta)} left",
+    )
+    return grid
+
+
+def _measures_table(view: View) -> RenderableType:
+    from rich.table import Table
+
+    rows = view.rows
+    row: Row = {**(view.learner.metrics if view.learner else {}), **(rows[-1] if rows else {})}
+    grid = Table.grid(padding=(0, 2))
+    queues = view.learner.queue_depths if view.learner else {}
+    lines = [
+        ("reward", _figure(row, "reward_mean", ".3f"), sparkline(values(rows, "reward_mean"))),
+        ("evaluation", _eval_text(rows).removeprefix("eval "), ""),
+        ("entropy", _figure(row, "entropy", ".4f", " nats"), sparkline(values(rows, "entropy"))),
+        ("entropy coefficient λ", _figure(row, "entropy_coefficient", ".2g"), ""),
+        ("staleness", _staleness_text(row).removeprefix("staleness "), ""),
+        ("tokens per second", _format(tokens_per_second(row), ",.0f"), ""),
+        ("waiting on streams", ", ".join(f"{k} {v}" for k, v in sorted(queues.items())), ""),
+        ("mixed-version completions", str(mixed_completions(view)) if view.services else "", ""),
+    ]
+    for name, value, course in lines:
+        if value:
+            grid.add_row(f"[dim]{name}[/dim]", value, f"[cyan]{course}[/cyan]")
+    return grid
+
+
+def _doing(view: View) -> str:
+    if view.trouble:
+        return view.trouble
+    if view.learner is None:
+        return "waiting for the learner"
+    paused = "paused: " if view.learner.is_paused else ""
+    return f"{paused}{view.learner.activity or 'the learner has not said what it does'}"
+
+
+def _eval_text(rows: Sequence[Row]) -> str:
+    scored = [row for row in rows if number(row, "eval_score") is not None]
+    if not scored:
+        return ""
+    error = number(scored[-1], "eval_stderr")
+    text = f"eval {number(scored[-1], 'eval_score'):.3f}"
+    return text if error is None else f"{text} (se {error:.3f})"
+
+
+def _staleness_text(row: Row) -> str:
+    mean, top = number(row, "staleness_mean"), number(row, "staleness_max")
+    return "" if mean is None or top is None else f"staleness {mean:.2f} (max {top:.0f})"
+
+
+def _eta_text(rows: Sequence[Row], num_steps: int) -> str:
+    eta = eta_seconds(rows, num_steps)
+    return "" if eta is None else f"eta {duration(eta)}"
+
+
+def _version_text(version: int | None) -> str:
+    return "" if version is None else "-" if version < 0 else str(version)
+
+
+def _figure(row: Row, key: str, form: str, unit: str = "") -> str:
+    value = number(row, key)
+    return "" if value is None else f"{value:{form}}{unit}"
+
+
+def _format(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _spelled(name: str, value: float | None, form: str) -> str:
+    return "" if value is None else f"{name} {value:{form}}"

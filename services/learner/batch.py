@@ -1,0 +1,274 @@
+"""From scored groups to padded micro-batches: a row a completion, a share of the rows a rank.
+
+A batch is R rows. Values per token are matrices [R, C] with C the longest completion, `mask` True
+on sampled tokens. Rows are cut by whole groups into optimiser mini-batches, and each of those
+into micro-batches over the ranks. Every rank holds the same batch and makes the same plan, so
+nothing about it has to be sent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
+from itertools import chain, pairwise
+
+import torch
+from torch import Tensor
+
+from shared.config.algorithm import AdvantageConfig
+from shared.records import Completion, GroupUid, Score, ScoredGroup
+from shared.rl.advantage import group_relative, leave_one_out
+from shared.rl.covariance import token_keys
+from shared.rl.staleness import staleness
+
+Plan = list[list[list[int]]]
+"""`plan[rank][i]` are the row numbers of the rank's i-th micro-batch, perhaps none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A completion to be trained on.
+
+    Attributes:
+        group: position of its group in the batch.
+        uid_hash: signed 64 bits that tell completions apart, the same in every process.
+        num_versions: policy versions that sampled it.
+    """
+
+    group: int
+    prompt_token_ids: Sequence[int]
+    completion: Completion
+    reward: float
+    advantage: float
+    uid_hash: int
+    staleness: int
+    num_versions: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and completion."""
+        return len(self.prompt_token_ids) + len(self.completion.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The rows of one training step and their values per token.
+
+    Attributes:
+        minibatches: ranges of row numbers, in order, none empty; they cover all rows.
+        mask: [R, C] bool.
+        advantages, behaviour_logprobs: [R, C] float32, 0 outside mask.
+        uid_hashes: [R] int64.
+    """
+
+    groups: tuple[ScoredGroup, ...]
+    rows: tuple[Row, ...]
+    minibatches: tuple[range, ...]
+    mask: Tensor
+    advantages: Tensor
+    behaviour_logprobs: Tensor
+    uid_hashes: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Rows of one forward pass, padded on the right.
+
+    A causal model never looks right, so padding needs no attention mask.
+
+    Attributes:
+        rows: their numbers in the batch; none in a micro-batch that only keeps ranks in step,
+            whose single prediction must not reach a loss.
+        input_ids: [B, T].
+        predictors: [N], positions in the flattened [B * T] that predict a completion token.
+        targets: [N], those tokens, row by row.
+        mask: [B, C], N True.
+    """
+
+    rows: tuple[int, ...]
+    input_ids: Tensor
+    predictors: Tensor
+    targets: Tensor
+    mask: Tensor
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on a device."""
+        return MicroBatch(
+            rows=self.rows,
+            input_ids=self.input_ids.to(device),
+            predictors=self.predictors.to(device),
+            targets=self.targets.to(device),
+            mask=self.mask.to(device),
+        )
+
+    def spread(self, values: Tensor) -> Tensor:
+        """[N] to [B, C], 0 outside mask; differentiable."""
+        return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
+
+
+def is_usable(score: Score) -> bool:
+    """Whether a completion can be compared: judged, with a finite reward."""
+    return score.outcome.is_verdict and math.isfinite(score.reward)
+
+
+def build_batch(
+    groups: Sequence[ScoredGroup],
+    advantage: AdvantageConfig,
+    *,
+    num_minibatches: int,
+    policy_version: int,
+) -> Batch:
+    """The rows of all usable completions, cut into at most num_minibatches.
+
+    Groups are dealt to the mini-batches in order, the first ones a group longer where it does
+    not come out even; a mini-batch without a usable completion is left out.
+
+    Args:
+        policy_version: the learner's, from which staleness is counted.
+    Raises:
+        ValueError: a prompt without tokens.
+    """
+    estimate = _estimator(advantage)
+    rows_by_group = [
+        _group_rows(number, group, estimate, policy_version) for number, group in enumerate(groups)
+    ]
+    rows = tuple(chain.from_iterable(rows_by_group))
+    cuts = [len(groups) * i // num_minibatches for i in range(num_minibatches + 1)]
+    starts = [sum(len(each) for each in rows_by_group[:cut]) for cut in cuts]
+    minibatches = tuple(range(start, end) for start, end in pairwise(starts) if end > start)
+    lengths = torch.tensor([len(row.completion.token_ids) for row in rows], dtype=torch.int64)
+    width = int(lengths.max()) if rows else 0
+    mask = torch.arange(width) < lengths.unsqueeze(1)
+    behaviour = torch.zeros(mask.shape)
+    for number, row in enumerate(rows):
+        logprobs = row.completion.behaviour_logprobs
+        behaviour[number, : len(logprobs)] = torch.tensor(logprobs)
+    return Batch(
+        groups=tuple(groups),
+        rows=rows,
+        minibatches=minibatches,
+        mask=mask,
+        advantages=torch.tensor([row.advantage for row in rows]).unsqueeze(1) * mask,
+        behaviour_logprobs=behaviour,
+        uid_hashes=torch.tensor([row.uid_hash for row in rows], dtype=torch.int64),
+    )
+
+
+def plan_micro_batches(
+    batch: Batch, rows: Sequence[int], *, num_ranks: int, micro_batch_tokens: int
+) -> Plan:
+    """The rows, each once, in micro-batches of like lengths; as many on every rank.
+
+    A micro-batch has at most micro_batch_tokens after padding, except that a longer row is one
+    by itself. Micro-batches are halved where that lets every rank work; what still does not
+    come out even is filled with empty ones.
+    """
+    lengths = {row: batch.rows[row].num_tokens for row in rows}
+    packed = _pack(sorted(rows, key=lambda row: -lengths[row]), lengths, micro_batch_tokens)
+    while len(packed) % num_ranks and any(len(each) > 1 for each in packed):
+        largest = max(packed, key=lambda each: (len(each) > 1, len(each) * lengths[each[0]]))
+        place, half = packed.index(largest), (len(largest) + 1) // 2
+        packed[place : place + 1] = [largest[:half], largest[half:]]
+    packed += [[] for _ in range(-len(packed) % num_ranks)]
+    return [packed[rank::num_ranks] for rank in range(num_ranks)]
+
+
+def selection_keys(batch: Batch, *, seed: int, step: int) -> Tensor:
+    """[R, C] int64: a uniform number for each token, from what it is and not from where it lies."""
+    positions = torch.arange(batch.mask.shape[1])
+    keys = [
+        token_keys(seed, step, number, batch.uid_hashes[list(rows)].unsqueeze(1), positions)
+        for number, rows in enumerate(batch.minibatches)
+    ]
+    return torch.cat(keys) if keys else torch.zeros(batch.mask.shape, dtype=torch.int64)
+
+
+def collate(batch: Batch, rows: Sequence[int]) -> MicroBatch:
+    """The micro-batch of these rows."""
+    if not rows:
+        return _empty_micro_batch()
+    chosen = [batch.rows[row] for row in rows]
+    width = max(row.num_tokens for row in chosen)
+    input_ids = torch.zeros(len(chosen), width, dtype=torch.int64)
+    predictors, targets = [], []
+    for line, row in enumerate(chosen):
+        tokens = torch.tensor([*row.prompt_token_ids, *row.completion.token_ids])
+        start = len(row.prompt_token_ids)
+        input_ids[line, : len(tokens)] = tokens
+        predictors.append(line * width + torch.arange(start - 1, len(tokens) - 1))
+        targets.append(tokens[start:])
+    longest = max(len(each) for each in targets)
+    return MicroBatch(
+        rows=tuple(rows),
+        input_ids=input_ids,
+        predictors=torch.cat(predictors),
+        targets=torch.cat(targets),
+        mask=batch.mask[list(rows), :longest],
+    )
+
+
+def hash_completion(uid: GroupUid, number: int) -> int:
+    """64 bits of the completion's place in the seeded order, whichever attempt sampled it."""
+    name = f"{uid.epoch}/{uid.index}/{number}".encode()
+    return int.from_bytes(blake2b(name, digest_size=8).digest(), "big", signed=True)
+
+
+def _estimator(advantage: AdvantageConfig) -> Callable[..., Tensor]:
+    estimators: dict[str, Callable[..., Tensor]] = {
+        "grpo": partial(group_relative, normalise_std=advantage.normalise_std),
+        "rloo": leave_one_out,
+    }
+    return estimators[advantage.estimator]
+
+
+def _group_rows(
+    number: int, group: ScoredGroup, estimate: Callable[..., Tensor], policy_version: int
+) -> list[Row]:
+    prompt = group.rollout.prompt
+    if not prompt.prompt_token_ids:
+        raise ValueError(f"group {prompt.uid} has a prompt without tokens")
+    usable = [is_usable(score) for score in group.scores]
+    rewards = torch.tensor([score.reward for score in group.scores], dtype=torch.float64)
+    advantages = estimate(rewards, valid=torch.tensor(usable)).tolist()
+    rows = []
+    for place, completion in enumerate(group.rollout.completions):
+        if not usable[place]:
+            continue
+        versions = [run.policy_version for run in completion.version_runs]
+        rows.append(
+            Row(
+                group=number,
+                prompt_token_ids=prompt.prompt_token_ids,
+                completion=completion,
+                reward=group.scores[place].reward,
+                advantage=advantages[place],
+                uid_hash=hash_completion(prompt.uid, place),
+                staleness=staleness(policy_version, versions),
+                num_versions=len(set(versions)),
+            )
+        )
+    return rows
+
+
+def _pack(rows: list[int], lengths: dict[int, int], max_tokens: int) -> list[list[int]]:
+    """Rows, longest first, in runs whose first length times their number is within the bound."""
+    packed: list[list[int]] = []
+    for row in rows:
+        if packed and (len(packed[-1]) + 1) * lengths[packed[-1][0]] <= max_tokens:
+            packed[-1].append(row)
+        else:
+            packed.append([row])
+    return packed
+
+
+def _empty_micro_batch() -> MicroBatch:
+    return MicroBatch(
+        rows=(),
+        input_ids=torch.zeros(1, 2, dtype=torch.int64),
+        predictors=torch.zeros(1, dtype=torch.int64),
+        targets=torch.zeros(1, dtype=torch.int64),
+        mask=torch.zeros(1, 1, dtype=torch.bool),
+    )

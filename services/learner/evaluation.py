@@ -1,0 +1,217 @@
+"""Evaluation through the same streams, and the entropy law that is fitted on it.
+
+An evaluation puts held-out problems on `prompts` for the version just published; training goes on
+meanwhile. When the last group is back, its score joins the entropy of that version as a point of
+R = -a exp(H) + b.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from services.learner.feeder import make_group
+from shared.codec import encode_prompt_group
+from shared.config import RunConfig
+from shared.metrics import BACKPRESSURE_SECONDS
+from shared.records import GroupUid, Outcome, Purpose, ScoredGroup
+from shared.rl.entropy_law import EntropyLaw, fit
+from shared.stream import Stream, put_when_room
+from shared.tasks.task import Problem
+from shared.tokenizer import Tokenizer
+
+
+@dataclass(slots=True)
+class Evaluation:
+    """One evaluation under way; results are (mean reward, solved share, any solved) by problem."""
+
+    policy_version: int
+    started_at: float
+    results: dict[int, tuple[float, float, float]] = field(default_factory=dict)
+    max_version_distance: int = 0
+
+
+class Evaluator:
+    """Issues evaluations and puts their results together."""
+
+    def __init__(
+        self,
+        *,
+        config: RunConfig,
+        run_id: str,
+        prompts: Stream,
+        problems: Sequence[Problem],
+        tokenizer: Tokenizer,
+    ) -> None:
+        self._config = config
+        self._run_id = run_id
+        self._prompts = prompts
+        self._problems = problems[: config.evaluation.num_problems]
+        self._tokenizer = tokenizer
+        self._under_way: dict[int, Evaluation] = {}
+
+    @property
+    def num_under_way(self) -> int:
+        """Evaluations whose results are not all in."""
+        return len(self._under_way)
+
+    def is_due(self, step: int) -> bool:
+        """Every so many steps, at the very start and at the very end."""
+        every = self._config.evaluation.every_steps
+        return every > 0 and (step % every == 0 or step == self._config.run.num_steps)
+
+    async def issue(self, step: int, *, policy_version: int) -> None:
+        """Start the evaluation of the version that `step` published."""
+        self._under_way[step] = Evaluation(policy_version, time.time())
+        await self._put(step, range(len(self._problems)), attempt=0)
+
+    async def reissue_missing(self) -> None:
+        """After a crash: issue again what has no result; a second result is ignored."""
+        for step, evaluation in self._under_way.items():
+            missing = [i for i in range(len(self._problems)) if i not in evaluation.results]
+            await self._put(step, missing, attempt=1)
+
+    def add(self, group: ScoredGroup) -> dict[str, float] | None:
+        """Take a result; the finished evaluation's metrics once it was the last one."""
+        uid = group.rollout.prompt.uid
+        evaluation = self._under_way.get(uid.epoch)
+        if evaluation is None or uid.index in evaluation.results:
+            return None
+        evaluation.results[uid.index] = _problem_result(group)
+        distance = max(
+            abs(run.policy_version - evaluation.policy_version)
+            for completion in group.rollout.completions
+            for run in completion.version_runs
+        )
+        evaluation.max_version_distance = max(evaluation.max_version_distance, distance)
+        if len(evaluation.results) < len(self._problems):
+            return None
+        del self._under_way[uid.epoch]
+        return _summary(uid.epoch, evaluation)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps; JSON."""
+        return {
+            str(step): {
+                "policy_version": each.policy_version,
+                "started_at": each.started_at,
+                "results": sorted(each.results.items()),
+                "max_version_distance": each.max_version_distance,
+            }
+            for step, each in self._under_way.items()
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to a checkpoint's state."""
+        self._under_way = {
+            int(step): Evaluation(
+                each["policy_version"],
+                each["started_at"],
+                {index: tuple(result) for index, result in each["results"]},
+                each["max_version_distance"],
+            )
+            for step, each in state.items()
+        }
+
+    async def _put(self, step: int, indices: Sequence[int], *, attempt: int) -> None:
+        for index in indices:
+            group = make_group(
+                self._config,
+                self._tokenizer,
+                uid=GroupUid(self._run_id, step, index, attempt),
+                purpose=Purpose.EVAL,
+                problem=self._problems[index],
+                problem_index=index,
+                policy_version=self._under_way[step].policy_version,
+            )
+            await put_when_room(
+                self._prompts,
+                encode_prompt_group(group),
+                on_wait=BACKPRESSURE_SECONDS.labels(stream=self._prompts.name).inc,
+            )
+
+
+class LawFit:
+    """The entropy law, fitted anew whenever a version has both an entropy and a score."""
+
+    def __init__(self) -> None:
+        self._entropies: dict[int, float] = {}
+        self._scores: dict[int, float] = {}
+
+    def add_entropy(self, policy_version: int, entropy: float) -> None:
+        """Entropy of a version, measured on the batch at whose start it was the policy."""
+        self._entropies[policy_version] = entropy
+
+    def add_score(self, policy_version: int, score: float) -> None:
+        """Evaluation score of a version."""
+        self._scores[policy_version] = score
+
+    def metrics(self) -> dict[str, float]:
+        """The law so far; nothing while it cannot be identified."""
+        law = self._fit()
+        if law is None:
+            return {}
+        latest = self._entropies[max(self._entropies)]
+        return {
+            "law_a": law.a,
+            "law_b": law.b,
+            "law_ceiling": law.ceiling,
+            "law_rmse": law.rmse,
+            "law_r2": law.r2,
+            "law_condition": law.condition,
+            "law_points": float(len(self._points())),
+            "law_forecast_now": law.predict(latest),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps; JSON."""
+        return {
+            "entropies": sorted(self._entropies.items()),
+            "scores": sorted(self._scores.items()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to a checkpoint's state."""
+        self._entropies = {version: value for version, value in state["entropies"]}
+        self._scores = {version: value for version, value in state["scores"]}
+
+    def _points(self) -> list[tuple[float, float]]:
+        both = sorted(set(self._entropies) & set(self._scores))
+        return [(self._entropies[version], self._scores[version]) for version in both]
+
+    def _fit(self) -> EntropyLaw | None:
+        points = self._points()
+        if len(points) < 3:
+            return None
+        law = fit([entropy for entropy, _ in points], [score for _, score in points])
+        return law if law.is_identifiable else None
+
+
+def _problem_result(group: ScoredGroup) -> tuple[float, float, float]:
+    """Mean reward, share of passes, and 1.0 if any passed, over completions with a verdict."""
+    judged = [score for score in group.scores if score.outcome.is_verdict]
+    if not judged:
+        return 0.0, 0.0, 0.0
+    passes = [score.outcome is Outcome.PASS for score in judged]
+    mean_reward = statistics.fmean(score.reward for score in judged)
+    return mean_reward, statistics.fmean(passes), float(any(passes))
+
+
+def _summary(step: int, evaluation: Evaluation) -> dict[str, float]:
+    results = list(evaluation.results.values())
+    rewards = [reward for reward, _, _ in results]
+    spread = statistics.stdev(rewards) if len(rewards) > 1 else 0.0
+    return {
+        "eval_step": float(step),
+        "eval_policy_version": float(evaluation.policy_version),
+        "eval_version_distance": float(evaluation.max_version_distance),
+        "eval_score": statistics.fmean(rewards),
+        "eval_stderr": spread / len(rewards) ** 0.5,
+        "eval_pass_rate": statistics.fmean(share for _, share, _ in results),
+        "eval_pass_at_k": statistics.fmean(solved for _, _, solved in results),
+        "eval_problems": float(len(results)),
+        "eval_seconds": time.time() - evaluation.started_at,
+    }

@@ -1,0 +1,144 @@
+"""Puts prompt groups on the stream `prompts`, never more than admission allows.
+
+Consumes the seeded prompt order. Waits for room in the stream. Unblocked by groups that are trained
+or abandoned. Stops when enough positions for the whole run are issued.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from services.learner.ledger import Ledger
+from shared.codec import (
+    decode_prompt_group,
+    decode_rollout_group,
+    decode_scored_group,
+    encode_prompt_group,
+)
+from shared.config import RunConfig
+from shared.errors import StreamError
+from shared.metrics import BACKPRESSURE_SECONDS, LEARNER_REISSUED
+from shared.records import GroupUid, PromptGroup, Purpose
+from shared.rl.staleness import admissible
+from shared.stream import Stream, Streams, put_when_room
+from shared.tasks.task import Problem
+from shared.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class Feeder:
+    """The only writer of `prompts`."""
+
+    def __init__(
+        self,
+        *,
+        config: RunConfig,
+        ledger: Ledger,
+        prompts: Stream,
+        problems: Sequence[Problem],
+        tokenizer: Tokenizer,
+    ) -> None:
+        self._config = config
+        self._ledger = ledger
+        self._prompts = prompts
+        self._problems = problems
+        self._tokenizer = tokenizer
+        self._total = config.run.num_steps * config.learner.groups_per_batch
+
+    async def fill(self, *, policy_version: int) -> int:
+        """Issue what admission allows; returns how many groups that was."""
+        ledger = self._ledger
+        room = admissible(
+            ledger.num_outstanding,
+            max_staleness=self._config.learner.max_staleness,
+            groups_per_batch=self._config.learner.groups_per_batch,
+        )
+        needed = self._total - ledger.num_trained - ledger.num_outstanding
+        count = max(0, min(room, needed))
+        for _ in range(count):
+            await self._put(ledger.issue_next(), policy_version)
+        return count
+
+    async def reissue(self, position: int, *, reason: str, policy_version: int) -> None:
+        """Issue an outstanding position again."""
+        LEARNER_REISSUED.labels(reason=reason).inc()
+        await self._put(self._ledger.reissue(position), policy_version)
+
+    async def recover(self, streams: Streams, *, policy_version: int) -> None:
+        """After a crash: adopt what the streams hold, issue again what they lost."""
+        held = await held_training_uids(streams)
+        self._ledger.adopt(held)
+        missing = self._ledger.missing({self._ledger.position(uid) for uid in held})
+        logger.info(
+            "recovered: the streams hold %d groups, %d are issued again", len(held), len(missing)
+        )
+        for position in missing:
+            await self.reissue(position, reason="lost", policy_version=policy_version)
+
+    async def _put(self, uid: GroupUid, policy_version: int) -> None:
+        index = self._ledger.problem_index(uid)
+        group = make_group(
+            self._config,
+            self._tokenizer,
+            uid=uid,
+            purpose=Purpose.TRAIN,
+            problem=self._problems[index],
+            problem_index=index,
+            policy_version=policy_version,
+        )
+        await put_when_room(
+            self._prompts,
+            encode_prompt_group(group),
+            on_wait=BACKPRESSURE_SECONDS.labels(stream=self._prompts.name).inc,
+        )
+
+
+def make_group(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    *,
+    uid: GroupUid,
+    purpose: Purpose,
+    problem: Problem,
+    problem_index: int,
+    policy_version: int,
+) -> PromptGroup:
+    """A prompt group for `problem`; training groups may be sampled by any version."""
+    is_training = purpose is Purpose.TRAIN
+    sampling = config.rollout if is_training else config.evaluation
+    return PromptGroup(
+        uid=uid,
+        purpose=purpose,
+        task=config.task.name,
+        problem_index=problem_index,
+        prompt_token_ids=tokenizer.encode_prompt(problem.prompt),
+        answer=problem.answer,
+        group_size=sampling.group_size,
+        temperature=sampling.temperature,
+        max_completion_tokens=config.rollout.max_completion_tokens,
+        min_policy_version=0 if is_training else policy_version,
+        issued_at=time.time(),
+    )
+
+
+async def held_training_uids(streams: Streams) -> list[GroupUid]:
+    """The uid of every training group that is anywhere in the streams; unreadable ones left out."""
+    readers: list[tuple[Stream, Callable[[bytes], PromptGroup]]] = [
+        (streams.prompts, decode_prompt_group),
+        (streams.rollouts, lambda payload: decode_rollout_group(payload).prompt),
+        (streams.scored, lambda payload: decode_scored_group(payload).rollout.prompt),
+    ]
+    held = []
+    for stream, read in readers:
+        for payload in await stream.peek():
+            try:
+                prompt = read(payload)
+            except StreamError as error:
+                logger.warning("%s holds an entry that cannot be read: %s", stream.name, error)
+                continue
+            if prompt.purpose is Purpose.TRAIN:
+                held.append(prompt.uid)
+    return held

@@ -1,0 +1,241 @@
+"""The rollout replicas as the learner sees them, and the broadcast groups it shares with them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import grpc
+
+from protos import rollout_pb2 as pb
+from protos import rollout_pb2_grpc as pb_grpc
+from shared.broadcast import BroadcastGroup, GroupSpec, open_group, open_store
+from shared.errors import BroadcastError, PeerError
+from shared.lease import Member, Registry
+from shared.metrics import WEIGHT_SYNC_OPERATIONS
+from shared.rpc import call, open_channel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False, slots=True)
+class Peer:
+    """A rollout replica.
+
+    Attributes:
+        policy_version: what it serves, as far as the learner confirmed it; None if nothing.
+        groups: the learner's ends of the broadcast groups that reach its workers.
+        epoch: in which those groups were formed.
+    """
+
+    member: Member
+    channel: grpc.aio.Channel
+    stub: pb_grpc.RolloutAsyncStub
+    num_workers: int
+    policy_version: int | None = None
+    groups: list[BroadcastGroup] = field(default_factory=list)
+    epoch: int = 0
+
+    @property
+    def name(self) -> str:
+        """The replica's name."""
+        return self.member.name
+
+    def leave_groups(self) -> None:
+        """Close the learner's ends; the peer must join again before the next transfer."""
+        for group in self.groups:
+            group.close()
+        self.groups.clear()
+
+
+class Fleet:
+    """Follows the leases of rollout replicas, and forms broadcast groups with them.
+
+    gloo: a pair for each worker, since a pair notices a dead peer at once and a newcomer disturbs
+    nobody. nccl: one group of all that take part, formed anew when they are not the ones of last
+    time, since NCCL broadcasts to many at the price of one.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        host: str,
+        backend: Literal["gloo", "nccl"],
+        timeout_seconds: float,
+    ) -> None:
+        self._registry = registry
+        self._host = host
+        self._backend: Literal["gloo", "nccl"] = backend
+        self._timeout_seconds = timeout_seconds
+        self._store = open_store(host)
+        self._epoch = 0
+        self._peers: dict[str, Peer] = {}
+
+    @property
+    def peers(self) -> list[Peer]:
+        """The replicas met, in order of their names."""
+        return sorted(self._peers.values(), key=lambda peer: peer.name)
+
+    async def meet(self) -> None:
+        """Follow the leases: a channel to whoever came, none to whoever went."""
+        members = {member.token: member for member in await self._registry.members("rollout")}
+        for token in set(self._peers) - set(members):
+            logger.warning("replica %s is gone", self._peers[token].name)
+            await self._part(token)
+        newcomers = set(members) - set(self._peers)
+        await asyncio.gather(*(self._greet(members[token]) for token in newcomers))
+
+    async def connect(self, peers: list[Peer]) -> list[Peer]:
+        """See that each has its groups; returns those that do."""
+        if self._backend == "gloo":
+            await self._connect_pairs([peer for peer in peers if not peer.groups])
+        else:
+            await self._connect_all(peers)
+        return [peer for peer in peers if peer.groups]
+
+    async def close(self) -> None:
+        """Leave every group and close every channel."""
+        for token in list(self._peers):
+            await self._part(token)
+
+    async def _greet(self, member: Member) -> None:
+        channel = open_channel(member.address)
+        stub: pb_grpc.RolloutAsyncStub = pb_grpc.RolloutStub(channel)
+        try:
+            status = await call(
+                stub.GetStatus,
+                pb.GetRolloutStatusRequest(),
+                peer=member.name,
+                timeout_seconds=self._timeout_seconds,
+            )
+        except PeerError as error:
+            logger.warning("replica does not answer yet: %s", error)
+            await channel.close()
+            return
+        self._peers[member.token] = Peer(member, channel, stub, max(1, status.num_workers))
+        logger.info("met replica %s at %s", member.name, member.address)
+
+    async def _part(self, token: str) -> None:
+        peer = self._peers.pop(token)
+        peer.leave_groups()
+        await peer.channel.close()
+
+    async def _connect_pairs(self, newcomers: list[Peer]) -> None:
+        specs = []
+        for peer in newcomers:
+            self._epoch += 1
+            specs.append(self._spec(peer.name, rank=1, world_size=2))
+        await each(
+            {
+                peer: self._connect_pair(peer, spec)
+                for peer, spec in zip(newcomers, specs, strict=True)
+            },
+            doing="joining its broadcast group",
+        )
+
+    async def _connect_pair(self, peer: Peer, spec: GroupSpec) -> None:
+        ends = [_rank_zero(spec.for_worker(worker)) for worker in range(peer.num_workers)]
+        opened, _ = await asyncio.gather(self._open(ends), self._ask_to_join(peer, spec))
+        peer.groups, peer.epoch = opened, spec.epoch
+
+    async def _connect_all(self, peers: list[Peer]) -> None:
+        shared_groups = {id(group) for peer in peers for group in peer.groups}
+        sharers = sum(bool(peer.groups) for peer in self._peers.values())
+        if len(shared_groups) == 1 and sharers == len(peers) and all(p.groups for p in peers):
+            return
+        for peer in self._peers.values():
+            peer.leave_groups()
+        self._epoch += 1
+        world_size, rank = 1 + sum(peer.num_workers for peer in peers), 1
+        joins: dict[Peer, Awaitable[None]] = {}
+        for peer in peers:
+            spec = self._spec("all", rank=rank, world_size=world_size)
+            joins[peer] = self._ask_to_join(peer, spec)
+            rank += peer.num_workers
+        end = _rank_zero(self._spec("all", rank=0, world_size=world_size))
+        try:
+            opened, joined = await asyncio.gather(
+                self._open([end]), each(joins, doing="joining the broadcast group")
+            )
+        except BroadcastError as error:
+            logger.warning("no group this time: %s", error)
+            return
+        for peer in joined:
+            peer.groups, peer.epoch = opened, self._epoch
+
+    async def _open(self, ends: list[GroupSpec]) -> list[BroadcastGroup]:
+        """The learner's ends, all at once; if one fails the others are closed."""
+        results = await asyncio.gather(
+            *(asyncio.to_thread(open_group, end, self._store) for end in ends),
+            return_exceptions=True,
+        )
+        opened = [result for result in results if isinstance(result, BroadcastGroup)]
+        errors = [result for result in results if isinstance(result, BaseException)]
+        if errors:
+            for group in opened:
+                group.close()
+            raise errors[0]
+        return opened
+
+    async def _ask_to_join(self, peer: Peer, spec: GroupSpec) -> None:
+        request = pb.JoinBroadcastRequest(
+            epoch=spec.epoch,
+            backend=spec.backend,
+            store_host=spec.store_host,
+            store_port=spec.store_port,
+            key=spec.key,
+            rank=spec.rank,
+            world_size=spec.world_size,
+            timeout_seconds=spec.timeout_seconds,
+        )
+        await call(
+            peer.stub.JoinBroadcast,
+            request,
+            peer=peer.name,
+            timeout_seconds=2 * self._timeout_seconds,
+        )
+
+    def _spec(self, key: str, *, rank: int, world_size: int) -> GroupSpec:
+        return GroupSpec(
+            epoch=self._epoch,
+            backend=self._backend,
+            store_host=self._host,
+            store_port=self._store.port,
+            key=f"epoch {self._epoch}/{key}",
+            rank=rank,
+            world_size=world_size,
+            timeout_seconds=self._timeout_seconds,
+        )
+
+
+async def each(calls: Mapping[Peer, Awaitable[None]], *, doing: str) -> list[Peer]:
+    """Do it with every peer at once; who fails is named, counted and left out of the answer."""
+    results = await asyncio.gather(*calls.values(), return_exceptions=True)
+    succeeded = []
+    for peer, result in zip(calls, results, strict=True):
+        if isinstance(result, PeerError):
+            left_behind([peer], doing=doing, error=result)
+        elif isinstance(result, BaseException):
+            raise result
+        else:
+            succeeded.append(peer)
+    return succeeded
+
+
+def left_behind(peers: Iterable[Peer], *, doing: str, error: Exception) -> None:
+    """These serve nothing the learner vouches for, until a later publication reaches them."""
+    for peer in peers:
+        result = "timeout" if "DEADLINE" in str(error) or "silent" in str(error) else "error"
+        WEIGHT_SYNC_OPERATIONS.labels(result=result).inc()
+        logger.warning("left %s behind while %s: %s", peer.name, doing, error)
+        peer.policy_version = None
+        peer.leave_groups()
+
+
+def _rank_zero(spec: GroupSpec) -> GroupSpec:
+    """The learner's end of the group that `spec` describes for a replica's worker."""
+    return replace(spec, rank=0)

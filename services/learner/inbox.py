@@ -1,0 +1,163 @@
+"""Takes scored groups off the stream and sorts them: to train on, to evaluate, to drop.
+
+Consumes `scored`. Waits for the groups of one batch. Unblocked by verifiers. Every entry that was
+claimed is remembered until a checkpoint contains its effect; only then is it acknowledged, so
+that a crash before it finds the entry pending and trains on it again, in the same order.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Collection
+
+from services.learner.evaluation import Evaluator
+from services.learner.feeder import Feeder
+from services.learner.ledger import Ledger
+from shared.codec import decode_scored_group
+from shared.errors import StreamError
+from shared.metrics import DEAD_LETTERED, LEARNER_DROPPED
+from shared.records import Purpose, ScoredGroup
+from shared.rl.staleness import staleness
+from shared.stream import Entry, Stream, put_when_room
+
+logger = logging.getLogger(__name__)
+
+CONSUMER = "learner"
+CLAIM_WAIT_SECONDS = 0.5
+MIN_JUDGED = 2
+
+
+class Inbox:
+    """The only consumer of `scored`."""
+
+    def __init__(
+        self,
+        *,
+        scored: Stream,
+        dead_letter: Stream,
+        ledger: Ledger,
+        feeder: Feeder,
+        evaluator: Evaluator,
+        on_evaluated: Callable[[dict[str, float]], None],
+        max_staleness: int,
+        max_attempts: int,
+    ) -> None:
+        self.dropped: dict[str, int] = {}
+        self._scored = scored
+        self._dead_letter = dead_letter
+        self._ledger = ledger
+        self._feeder = feeder
+        self._evaluator = evaluator
+        self._on_evaluated = on_evaluated
+        self._max_staleness = max_staleness
+        self._max_attempts = max_attempts
+        self._backlog: deque[Entry] = deque()
+        self._unacknowledged: list[str] = []
+
+    async def recover(self) -> None:
+        """After a crash: what was claimed and not acknowledged comes first, in its old order."""
+        self._backlog.extend(await self._scored.pending(CONSUMER))
+        logger.info("reads %d pending entries again", len(self._backlog))
+
+    async def take_batch(
+        self, count: int, *, policy_version: int, while_waiting: Callable[[int], Awaitable[None]]
+    ) -> list[ScoredGroup]:
+        """`count` groups to train on, none of a token staler than the bound.
+
+        `while_waiting` is called with the number of groups still missing whenever none came; if
+        it raises, the groups taken so far stay pending.
+        """
+        batch: dict[int, ScoredGroup] = {}
+        ids: list[str] = []
+        while len(batch) < count:
+            entries = await self._next(count - len(batch))
+            for entry in entries:
+                group = await self._sort(entry)
+                if group is None or not await self._is_trainable(group, policy_version, batch):
+                    self._unacknowledged.append(entry.id)
+                else:
+                    batch[self._ledger.position(group.rollout.prompt.uid)] = group
+                    ids.append(entry.id)
+            if not entries:
+                await while_waiting(count - len(batch))
+        self._unacknowledged += ids
+        return list(batch.values())
+
+    async def take_evaluations(self, *, while_waiting: Callable[[int], Awaitable[None]]) -> None:
+        """Take what comes until no evaluation is under way; training groups stay pending."""
+        while self._evaluator.num_under_way:
+            entries = await self._next(64)
+            for entry in entries:
+                if await self._sort(entry) is None:
+                    self._unacknowledged.append(entry.id)
+            if not entries:
+                await while_waiting(0)
+
+    async def acknowledge(self) -> None:
+        """A checkpoint contains the effect of everything taken so far."""
+        await self._scored.acknowledge(self._unacknowledged)
+        self._unacknowledged.clear()
+
+    async def _next(self, count: int) -> list[Entry]:
+        if self._backlog:
+            return [self._backlog.popleft() for _ in range(min(count, len(self._backlog)))]
+        return await self._scored.claim(CONSUMER, count=count, wait_seconds=CLAIM_WAIT_SECONDS)
+
+    async def _sort(self, entry: Entry) -> ScoredGroup | None:
+        """The training group in `entry`; what else it may be is dealt with here."""
+        try:
+            group = decode_scored_group(entry.payload)
+        except StreamError as error:
+            await self._bury(entry, error)
+            return None
+        if group.rollout.prompt.purpose is Purpose.TRAIN:
+            return group
+        metrics = self._evaluator.add(group)
+        if metrics is not None:
+            self._on_evaluated(metrics)
+        return None
+
+    async def _is_trainable(
+        self, group: ScoredGroup, policy_version: int, batch: Collection[int]
+    ) -> bool:
+        """False if the group was dropped; then its prompt is on its way again, unless done."""
+        uid = group.rollout.prompt.uid
+        if not self._ledger.is_wanted(uid) or self._ledger.position(uid) in batch:
+            self._drop(group, "duplicate")
+        elif sum(score.outcome.is_verdict for score in group.scores) < MIN_JUDGED:
+            await self._retry(group, "incomplete_group", policy_version)
+        elif group_staleness(group, policy_version) > self._max_staleness:
+            await self._retry(group, "stale", policy_version)
+        else:
+            return True
+        return False
+
+    async def _retry(self, group: ScoredGroup, reason: str, policy_version: int) -> None:
+        """Issue the prompt again, or give it up after too many attempts."""
+        self._drop(group, reason)
+        position = self._ledger.position(group.rollout.prompt.uid)
+        if reason != "stale" and self._ledger.attempt(position) + 1 >= self._max_attempts:
+            logger.error("gave up %s: no verdict in any attempt", group.rollout.prompt.uid)
+            self._ledger.abandon(position)
+            await self._feeder.fill(policy_version=policy_version)
+        else:
+            await self._feeder.reissue(position, reason=reason, policy_version=policy_version)
+
+    def _drop(self, group: ScoredGroup, reason: str) -> None:
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        LEARNER_DROPPED.labels(reason=reason).inc(len(group.scores))
+
+    async def _bury(self, entry: Entry, error: StreamError) -> None:
+        logger.error("dead letter from scored: %s", error)
+        LEARNER_DROPPED.labels(reason="malformed").inc()
+        DEAD_LETTERED.labels(stream=self._scored.name).inc()
+        await put_when_room(self._dead_letter, entry.payload)
+
+
+def group_staleness(group: ScoredGroup, policy_version: int) -> int:
+    """The staleness of the group's worst trajectory."""
+    return max(
+        staleness(policy_version, [run.policy_version for run in completion.version_runs])
+        for completion in group.rollout.completions
+    )

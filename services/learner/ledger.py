@@ -1,0 +1,145 @@
+"""Which places of the prompt order were issued, trained and given up: exactly once, across crashes.
+
+The prompt order is endless: epoch after epoch, each a seeded permutation of the task's problems. A
+*position* numbers its places, `position = epoch * num_problems + index`. A position is outstanding
+from its first issue until it was trained or abandoned; re-issues raise its attempt. The state is
+small: everything below `frontier` is done, and the few positions above it are listed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from shared.records import GroupUid
+
+
+@dataclass(slots=True)
+class Ledger:
+    """The bookkeeping of one run; a checkpoint holds `state_dict()`.
+
+    Attributes:
+        frontier: every position below it is done.
+        done: finished positions at or above the frontier.
+        outstanding: issued, not done; position to the attempt that counts.
+        abandoned: positions given up, all of them done.
+    """
+
+    run_id: str
+    num_problems: int
+    seed: int
+    cursor: int = 0
+    frontier: int = 0
+    done: set[int] = field(default_factory=set)
+    outstanding: dict[int, int] = field(default_factory=dict)
+    abandoned: set[int] = field(default_factory=set)
+
+    @property
+    def num_outstanding(self) -> int:
+        """Positions issued and not done."""
+        return len(self.outstanding)
+
+    @property
+    def num_trained(self) -> int:
+        """Positions trained on."""
+        return self.frontier + len(self.done) - len(self.abandoned)
+
+    def issue_next(self) -> GroupUid:
+        """The next position of the order that is neither outstanding nor done."""
+        while self.cursor in self.outstanding or self.is_done(self.cursor):
+            self.cursor += 1
+        self.outstanding[self.cursor] = 0
+        self.cursor += 1
+        return self._uid(self.cursor - 1)
+
+    def reissue(self, position: int) -> GroupUid:
+        """Another attempt at an outstanding position."""
+        self.outstanding[position] += 1
+        return self._uid(position)
+
+    def attempt(self, position: int) -> int:
+        """How often an outstanding position was issued again."""
+        return self.outstanding[position]
+
+    def adopt(self, uids: Iterable[GroupUid]) -> None:
+        """Count groups that the streams hold as issued: after a crash they are ahead of us."""
+        for uid in uids:
+            position = self.position(uid)
+            if not self.is_done(position):
+                attempt = max(uid.attempt, self.outstanding.get(position, 0))
+                self.outstanding[position] = attempt
+
+    def missing(self, held: Collection[int]) -> list[int]:
+        """Outstanding positions that are not among those the streams hold, in order."""
+        return sorted(set(self.outstanding) - set(held))
+
+    def finish(self, position: int) -> None:
+        """An outstanding position was trained on."""
+        del self.outstanding[position]
+        self.done.add(position)
+        while self.frontier in self.done:
+            self.done.remove(self.frontier)
+            self.frontier += 1
+
+    def abandon(self, position: int) -> None:
+        """An outstanding position will never be trained on."""
+        self.abandoned.add(position)
+        self.finish(position)
+
+    def is_done(self, position: int) -> bool:
+        """Trained on or abandoned."""
+        return position < self.frontier or position in self.done
+
+    def is_wanted(self, uid: GroupUid) -> bool:
+        """True for the first arrival of an outstanding position, whichever attempt it is."""
+        return uid.run_id == self.run_id and self.position(uid) in self.outstanding
+
+    def position(self, uid: GroupUid) -> int:
+        """The place of `uid` in the prompt order."""
+        return uid.epoch * self.num_problems + uid.index
+
+    def problem_index(self, uid: GroupUid) -> int:
+        """The problem at that place, in the task's training split."""
+        return _permutation(self.num_problems, self.seed, uid.epoch)[uid.index]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps; JSON."""
+        return {
+            "run_id": self.run_id,
+            "num_problems": self.num_problems,
+            "seed": self.seed,
+            "cursor": self.cursor,
+            "frontier": self.frontier,
+            "done": sorted(self.done),
+            "outstanding": sorted(self.outstanding.items()),
+            "abandoned": sorted(self.abandoned),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to a checkpoint's state.
+
+        Raises:
+            ValueError: the state is of another run, task or seed.
+        """
+        for name in ("run_id", "num_problems", "seed"):
+            if state[name] != getattr(self, name):
+                raise ValueError(
+                    f"the ledger has {name} = {state[name]!r}, this run {getattr(self, name)!r}"
+                )
+        self.cursor, self.frontier = state["cursor"], state["frontier"]
+        self.done, self.abandoned = set(state["done"]), set(state["abandoned"])
+        self.outstanding = {position: attempt for position, attempt in state["outstanding"]}
+
+    def _uid(self, position: int) -> GroupUid:
+        epoch, index = divmod(position, self.num_problems)
+        return GroupUid(self.run_id, epoch, index, self.outstanding[position])
+
+
+@lru_cache(maxsize=4)
+def _permutation(num_problems: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(num_problems))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order

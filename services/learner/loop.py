@@ -1,0 +1,340 @@
+"""The learner's loop: the run itself, on one screen.
+
+    fill     put prompt groups on `prompts`, as far as admission allows
+    take     wait for a batch of scored groups, none staler than the bound
+    train    advantage, loss, entropy control, optimiser step           -> policy version v + 1
+    publish  bring v + 1 to every replica while their generations stay in flight
+    record   a row of metrics.jsonl and one of ledger.jsonl; the same values on /metrics
+    evaluate, checkpoint   when due; a checkpoint acknowledges what it contains
+
+Consumes scored groups. Waits for them, and while it waits brings late replicas up to date.
+Unblocked by verifiers. Stops when the last step is done, or when asked to: then a checkpoint is
+written first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from services.learner.checkpoint import (
+    Checkpoint,
+    newest_checkpoint,
+    prune_checkpoints,
+    write_checkpoint,
+)
+from services.learner.evaluation import Evaluator, LawFit
+from services.learner.feeder import Feeder
+from services.learner.inbox import Inbox
+from services.learner.journal import Journal
+from services.learner.ledger import Ledger
+from services.learner.measures import StepReport
+from services.learner.publisher import OnEngine, Publisher
+from services.learner.telemetry import count_step, numbers, observe_queues, step_row
+from shared.config import RunConfig
+from shared.errors import CheckpointError, StreamError
+from shared.metrics import LEARNER_CHECKPOINTS, LearnerGauges
+from shared.records import ScoredGroup
+from shared.stream import Streams
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.1
+
+
+class TrainingEngine(Protocol):
+    """What the loop needs of DeepSpeed; `services.learner.engine.LearnerEngine` is it."""
+
+    def train(self, groups: list[ScoredGroup], *, step: int, policy_version: int) -> StepReport: ...
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
+    def export(self, folder: Path) -> None: ...
+
+
+class StopRequestedError(Exception):
+    """Ends a wait; the run stops with a checkpoint."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """What the outside may see and ask for; the gRPC service reads and sets it."""
+
+    step: int = 0
+    policy_version: int = 0
+    activity: str = "starts"
+    since: float = field(default_factory=time.monotonic)
+    metrics: dict[str, float] = field(default_factory=dict)
+    queues: dict[str, int] = field(default_factory=dict)
+    is_finished: bool = False
+    is_paused: bool = False
+    is_stopping: bool = False
+    checkpoint_requests: list[asyncio.Future[Path]] = field(default_factory=list)
+
+    def enter(self, activity: str) -> None:
+        """Name what the learner does from now on."""
+        if activity != self.activity:
+            self.activity, self.since = activity, time.monotonic()
+
+    @property
+    def sentence(self) -> str:
+        """What the learner does, and for how long."""
+        return f"{self.activity}, {time.monotonic() - self.since:.0f} s"
+
+
+@dataclass(slots=True, kw_only=True)
+class Learner:
+    """The parts of a run, wired by `services.learner.__main__`, and the loop over them."""
+
+    config: RunConfig
+    run_folder: Path
+    streams: Streams
+    ledger: Ledger
+    feeder: Feeder
+    inbox: Inbox
+    evaluator: Evaluator
+    law: LawFit
+    publisher: Publisher
+    engine: TrainingEngine
+    on_engine: OnEngine
+    journal: Journal
+    history: Journal
+    gauges: LearnerGauges
+    progress: Progress
+    phases: dict[str, float] = field(default_factory=dict)
+
+    async def run(self, *, resume: bool) -> None:
+        """From the start, or the newest checkpoint, to the last step; or until asked to stop."""
+        try:
+            await self._begin(resume=resume)
+            while self.progress.step < self.config.run.num_steps:
+                await self._step()
+            await self.inbox.take_evaluations(while_waiting=self._wait_for_evaluations)
+        except StopRequestedError:
+            logger.info("stops at step %d as asked", self.progress.step)
+            await self._checkpoint()
+            return
+        await self._checkpoint()
+        self.progress.enter("exports the model")
+        await self.on_engine(lambda: self.engine.export(self.run_folder / "model"))
+        self.progress.is_finished = True
+        self.progress.enter("has finished")
+        logger.info("finished after %d steps", self.progress.step)
+
+    def on_evaluated(self, metrics: dict[str, float]) -> None:
+        """An evaluation is complete: a point of the law, and a row of its own."""
+        self.law.add_score(int(metrics["eval_policy_version"]), metrics["eval_score"])
+        self._write({"step": self.progress.step, **metrics, **self.law.metrics()})
+
+    async def _begin(self, *, resume: bool) -> None:
+        checkpoint = newest_checkpoint(self._checkpoints) if resume else None
+        step = checkpoint.step if checkpoint else 0
+        for journal in (self.journal, self.history):
+            journal.cut_after(step)
+        if checkpoint is not None:
+            await self._restore(checkpoint)
+        await self._publish()
+        if resume:
+            await self.inbox.recover()
+            await self.feeder.recover(self.streams, policy_version=step)
+            await self.evaluator.reissue_missing()
+        if checkpoint is None and self.evaluator.is_due(0):
+            await self.evaluator.issue(0, policy_version=0)
+
+    async def _step(self) -> None:
+        started, before = time.monotonic(), self.progress.policy_version
+        step = self.progress.step + 1
+        self.phases.clear()
+        await self._obey()
+        await self.feeder.fill(policy_version=before)
+        with self._phase("wait_data", f"waits for the batch of step {step}"):
+            batch = await self.inbox.take_batch(
+                self.config.learner.groups_per_batch,
+                policy_version=before,
+                while_waiting=self._wait_for_groups,
+            )
+        with self._phase("forward_backward", f"trains step {step}"):
+            report: StepReport = await self.on_engine(
+                lambda: self.engine.train(batch, step=step, policy_version=before)
+            )
+        self._finish_groups(step, batch)
+        self.progress.step = self.progress.policy_version = step
+        pause_seconds = await self._publish()
+        self._learn_entropy(before, report)
+        self._record(batch, report, seconds=time.monotonic() - started, pause=pause_seconds)
+        if self.evaluator.is_due(step):
+            await self.evaluator.issue(step, policy_version=step)
+        if step % self.config.checkpoint.every_steps == 0:
+            await self._try_checkpoint()
+
+    def _finish_groups(self, step: int, batch: list[ScoredGroup]) -> None:
+        uids = [group.rollout.prompt.uid for group in batch]
+        for uid in uids:
+            self.ledger.finish(self.ledger.position(uid))
+        self.history.write(
+            {"step": step, "trained": [[uid.epoch, uid.index, uid.attempt] for uid in uids]}
+        )
+
+    def _learn_entropy(self, policy_version: int, report: StepReport) -> None:
+        entropy = report.metrics.get("entropy_after_filter", math.nan)
+        if math.isfinite(entropy):
+            self.law.add_entropy(policy_version, entropy)
+
+    def _record(
+        self, batch: list[ScoredGroup], report: StepReport, *, seconds: float, pause: float
+    ) -> None:
+        count_step(batch, report, phases=self.phases, seconds=seconds)
+        row = step_row(
+            batch,
+            report,
+            step=self.progress.step,
+            policy_version=self.progress.policy_version,
+            max_staleness=self.config.learner.max_staleness,
+            phases=self.phases,
+            seconds=seconds,
+            pause_seconds=pause,
+        )
+        dropped = {f"dropped_{reason}": n for reason, n in sorted(self.inbox.dropped.items())}
+        waiting = {f"queue_{name}": depth for name, depth in self.progress.queues.items()}
+        self._write({**row, **dropped, **waiting})
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self.journal.write(row)
+        values = numbers(row)
+        self.gauges.update(values)
+        self.progress.metrics |= values
+
+    async def _publish(self) -> float:
+        """Returns the longest pause of a replica, in seconds."""
+        version = self.progress.policy_version
+        with self._phase("weight_publish", f"publishes version {version}"):
+            publication = await self.publisher.publish(version)
+        if publication.served:
+            logger.info(
+                "published version %d to %s in %.2f s, paused for %.3f s",
+                version,
+                ", ".join(publication.served),
+                publication.seconds,
+                publication.pause_seconds,
+            )
+        return publication.pause_seconds
+
+    async def _wait_for_groups(self, num_missing: int) -> None:
+        """Called about twice a second while no group comes."""
+        await self._obey()
+        if not await self.publisher.is_reached(self.progress.policy_version):
+            await self._publish()
+        await self._observe()
+        replicas = self.publisher.replicas
+        self.progress.enter(
+            f"waits for {num_missing} of {self.config.learner.groups_per_batch} groups of step"
+            f" {self.progress.step + 1}"
+            + ("" if replicas else "; no rollout replica holds a lease")
+        )
+
+    async def _wait_for_evaluations(self, _: int) -> None:
+        await self._wait_for_groups(0)
+        self.progress.enter(f"waits for {self.evaluator.num_under_way} evaluations")
+
+    async def _observe(self) -> None:
+        try:
+            self.progress.queues = await observe_queues(self.streams)
+        except StreamError as error:
+            logger.warning("queues not observed: %s", error)
+
+    async def _obey(self) -> None:
+        """Do what was asked from outside between two steps.
+
+        Raises:
+            StopRequestedError: the run is to stop.
+        """
+        if self.progress.is_stopping:
+            raise StopRequestedError
+        if self.progress.checkpoint_requests:
+            await self._try_checkpoint()
+        await self._observe()
+        while self.progress.is_paused:
+            self.progress.enter("is paused on request")
+            await asyncio.sleep(POLL_SECONDS)
+            if self.progress.is_stopping:
+                raise StopRequestedError
+
+    async def _try_checkpoint(self) -> None:
+        """A checkpoint; if it fails training goes on, and the next one is tried."""
+        try:
+            await self._checkpoint()
+        except CheckpointError as error:
+            logger.error("%s", error)
+
+    async def _checkpoint(self) -> None:
+        """Write a checkpoint, then acknowledge what it contains.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        waiting, self.progress.checkpoint_requests = self.progress.checkpoint_requests, []
+        with self._phase("checkpoint", f"writes the checkpoint of step {self.progress.step}"):
+            try:
+                folder: Path = await self.on_engine(self._write_checkpoint)
+            except CheckpointError as error:
+                LEARNER_CHECKPOINTS.labels(result="error").inc()
+                for future in waiting:
+                    future.set_exception(error)
+                raise
+            await self.inbox.acknowledge()
+        LEARNER_CHECKPOINTS.labels(result="ok").inc()
+        for future in waiting:
+            future.set_result(folder)
+        prune_checkpoints(self._checkpoints, keep=self.config.checkpoint.keep)
+
+    def _write_checkpoint(self) -> Path:
+        return write_checkpoint(
+            self._checkpoints,
+            step=self.progress.step,
+            save_engine=self.engine.save,
+            state={
+                "ledger": self.ledger.state_dict(),
+                "evaluator": self.evaluator.state_dict(),
+                "law": self.law.state_dict(),
+                "metrics": self.progress.metrics,
+            },
+        )
+
+    async def _restore(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.state
+        try:
+            self.ledger.load_state_dict(state["ledger"])
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{checkpoint.folder} is of another run ({error}); resume with the run file that"
+                " wrote it"
+            ) from None
+        self.evaluator.load_state_dict(state["evaluator"])
+        self.law.load_state_dict(state["law"])
+        self.progress.metrics = state["metrics"]
+        self.gauges.update(state["metrics"])
+        await self.on_engine(lambda: self.engine.load(checkpoint.engine_folder))
+        self.progress.step = self.progress.policy_version = checkpoint.step
+        logger.info("resumed from %s", checkpoint.folder)
+
+    @contextmanager
+    def _phase(self, name: str, activity: str) -> Iterator[None]:
+        started = time.monotonic()
+        self.progress.enter(activity)
+        try:
+            yield
+        finally:
+            self.phases[name] = self.phases.get(name, 0.0) + time.monotonic() - started
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.run_folder / "checkpoints"

@@ -1,0 +1,115 @@
+"""What a finished step looks like from outside: counters, histograms, the row of metrics.jsonl."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from services.learner.inbox import group_staleness
+from services.learner.measures import StepReport
+from shared.metrics import (
+    LEARNER_AGE,
+    LEARNER_DEGENERATE,
+    LEARNER_INTERVENED,
+    LEARNER_NONFINITE,
+    LEARNER_PHASE,
+    LEARNER_SAMPLES,
+    LEARNER_STALENESS,
+    LEARNER_STEP_SECONDS,
+    LEARNER_STEPS,
+    LEARNER_TOKENS,
+    QUEUE_CAPACITY,
+    QUEUE_LAG,
+    QUEUE_LENGTH,
+    QUEUE_PENDING,
+)
+from shared.records import ScoredGroup
+from shared.stream import Streams
+
+
+def count_step(
+    batch: Sequence[ScoredGroup], report: StepReport, *, phases: Mapping[str, float], seconds: float
+) -> None:
+    """Add a step to the counters and histograms."""
+    metrics = report.metrics
+    LEARNER_STEPS.inc()
+    LEARNER_STEP_SECONDS.observe(seconds)
+    LEARNER_TOKENS.inc(metrics.get("tokens", 0))
+    LEARNER_SAMPLES.inc(metrics.get("completions", 0))
+    LEARNER_DEGENERATE.labels(reason="all_correct").inc(metrics.get("groups_all_correct", 0))
+    LEARNER_DEGENERATE.labels(reason="all_wrong").inc(metrics.get("groups_all_wrong", 0))
+    LEARNER_NONFINITE.labels(tensor="loss").inc(metrics.get("nonfinite_loss", 0))
+    LEARNER_NONFINITE.labels(tensor="grad").inc(metrics.get("nonfinite_grad", 0))
+    LEARNER_INTERVENED.labels(mechanism="covariance").inc(metrics.get("selected_tokens", 0))
+    for phase, spent in phases.items():
+        LEARNER_PHASE.labels(phase=phase).inc(spent)
+    for side in ("low", "high"):
+        clipped = metrics.get(f"clip_fraction_{side}", 0) * metrics.get("tokens", 0)
+        LEARNER_INTERVENED.labels(mechanism=f"ratio_clip_{side}").inc(clipped)
+    for staleness, completions in report.histograms.get("staleness", []):
+        for _ in range(completions):
+            LEARNER_STALENESS.observe(staleness)
+    for group in batch:
+        LEARNER_AGE.observe(max(0.0, time.time() - group.rollout.sampled_at))
+
+
+def step_row(
+    batch: Sequence[ScoredGroup],
+    report: StepReport,
+    *,
+    step: int,
+    policy_version: int,
+    max_staleness: int,
+    phases: Mapping[str, float],
+    seconds: float,
+    pause_seconds: float,
+) -> dict[str, Any]:
+    """The row of `metrics.jsonl` for one step."""
+    stalest = [group_staleness(group, policy_version - 1) for group in batch]
+    tokens = report.metrics.get("tokens", 0.0)
+    return {
+        "step": step,
+        "policy_version": policy_version,
+        "time": time.time(),
+        "seconds": seconds,
+        "wait_data_seconds": phases.get("wait_data", 0.0),
+        "train_seconds": phases.get("forward_backward", 0.0),
+        "publish_seconds": phases.get("weight_publish", 0.0),
+        "pause_seconds": pause_seconds,
+        "tokens_per_second": tokens / seconds if seconds > 0 else 0.0,
+        "groups_over_max_staleness": sum(each > max_staleness for each in stalest),
+        "staleness_counts": {str(value): count for value, count in report.histograms["staleness"]},
+        "replica_groups": _by_replica(batch),
+        **report.metrics,
+    }
+
+
+def numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """The entries of a row that are numbers."""
+    return {
+        key: float(value)
+        for key, value in row.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+async def observe_queues(streams: Streams) -> dict[str, int]:
+    """Fill the queue gauges; returns the messages waiting by stream."""
+    waiting = {}
+    for stream in (streams.prompts, streams.rollouts, streams.scored, streams.dead_letter):
+        depth = await stream.depth()
+        waiting[stream.name] = depth.waiting
+        QUEUE_LENGTH.labels(stream=stream.name).set(depth.waiting + depth.pending)
+        QUEUE_LAG.labels(stream=stream.name).set(depth.waiting)
+        QUEUE_PENDING.labels(stream=stream.name).set(depth.pending)
+        QUEUE_CAPACITY.labels(stream=stream.name).set(stream.capacity)
+    return waiting
+
+
+def _by_replica(batch: Sequence[ScoredGroup]) -> dict[str, int]:
+    """Groups of the batch by the replica that sampled them."""
+    counts: dict[str, int] = {}
+    for group in batch:
+        counts[group.rollout.replica] = counts.get(group.rollout.replica, 0) + 1
+    return counts

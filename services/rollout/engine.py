@@ -1,0 +1,564 @@
+"""vLLM as this project uses it: sample completions, and take new weights without losing any.
+
+The engine proper is a process of its own, forked by `VllmEngine.start`; this class is its front
+end in the service's process. Two facts shape it:
+
+* vLLM's control calls never return if the engine's process dies, so each races against that
+  death and a deadline. An engine that misses a deadline is killed: its state is unknown.
+* An update has two halves. Receiving happens beside decoding; only the swap pauses it. Requests
+  that run keep their KV cache over the swap, so each version has prefix-cache entries of its own.
+
+Order of calls: `start`, then for each membership epoch `join_group`, then for each version
+`begin_update` and `commit_update`. Until the first version is in, `generate` refuses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import time
+import uuid
+from array import array
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from shared.broadcast import GroupSpec, Manifest
+from shared.errors import BroadcastError, EngineError
+from shared.records import Completion, VersionRun
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_DEATH_POLL_SECONDS = 0.1
+_STATUS_POLL_SECONDS = 0.01
+_SHUTDOWN_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """How to run vLLM.
+
+    Attributes:
+        model_path: folder with config.json and, unless `load_format` is "dummy", the weights.
+        kv_cache_bytes: size of the KV cache; None lets vLLM profile (not advised on a CPU).
+        gpu_memory_utilization: fraction; bounds the KV cache where `kv_cache_bytes` is None.
+        seed: must differ between replicas, or they sample the same completions.
+        threads: OpenMP threads of the engine's process on a CPU.
+        control_timeout_seconds: an engine that does not answer a control call, such as
+            loading the received weights, within this time is killed.
+        start_timeout_seconds: bounds `start`.
+        load_format: "dummy" skips the weights on disk, which a replica that waits for its
+            first update does not need.
+    """
+
+    model_path: str
+    dtype: Literal["auto", "float32", "bfloat16"]
+    max_model_len: int
+    max_num_seqs: int
+    seed: int
+    device: Literal["cpu", "cuda"]
+    kv_cache_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    tensor_parallel_size: int = 1
+    threads: int = 1
+    enforce_eager: bool = True
+    control_timeout_seconds: float = 120.0
+    start_timeout_seconds: float = 600.0
+    load_format: Literal["auto", "dummy"] = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateReport:
+    """What one update cost.
+
+    Attributes:
+        checksum: of the bytes received, the same on every worker.
+        receive_seconds: the transfer, during which decoding went on.
+        load_seconds: replacing the model's weights.
+        pause_seconds: time during which nothing was decoded; includes `load_seconds`.
+    """
+
+    policy_version: int
+    checksum: int
+    receive_seconds: float
+    load_seconds: float
+    pause_seconds: float
+
+
+class VllmEngine:
+    """One replica's engine. All methods belong to the event loop that ran `start`."""
+
+    def __init__(self, llm: Any, settings: EngineSettings, launcher: ThreadPoolExecutor) -> None:
+        self._llm = llm
+        self._settings = settings
+        # Kept although it is idle: the kernel's "parent died" signal means the thread that forked.
+        self._launcher = launcher
+        self._processes = list(llm.engine_core.resources.engine_manager.processes)
+        self._policy_version: int | None = None
+        self._receiving: int | None = None
+        # Shut while weights are swapped: a request is salted with the version it starts with.
+        self._admission = asyncio.Event()
+        self._admission.set()
+        self._slots = asyncio.Semaphore(settings.max_num_seqs)
+        self._control_lock = asyncio.Lock()
+        self._dead = asyncio.Event()
+        self._watch = asyncio.create_task(self._watch_processes(), name="engine-watch")
+
+    @classmethod
+    async def start(cls, settings: EngineSettings) -> VllmEngine:
+        """Load the model in a new process; the event loop stays free meanwhile.
+
+        Sets environment variables that vLLM reads, and forks: call it before this process
+        imports vllm, starts gRPC or computes with several threads.
+
+        Raises:
+            EngineError: the model could not be loaded within `start_timeout_seconds`.
+        """
+        launcher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-launcher")
+        started = time.monotonic()
+        # Not the future's result: futures of a launcher outlive the engine, and would keep it.
+        launched: list[Any] = []
+        try:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(launcher, lambda: launched.append(_launch(settings)))
+        except Exception as error:
+            launcher.shutdown(wait=False)
+            raise EngineError(f"vLLM could not load {settings.model_path}: {error}") from error
+        logger.info(
+            "started vLLM for %s in %.1f s", settings.model_path, time.monotonic() - started
+        )
+        return cls(launched.pop(), settings, launcher)
+
+    @property
+    def policy_version(self) -> int | None:
+        """The version that samples now; None before the first update and after a failed load."""
+        return self._policy_version
+
+    @property
+    def num_workers(self) -> int:
+        """Workers that receive weights: each is a member of the broadcast."""
+        return self._settings.tensor_parallel_size
+
+    @property
+    def is_alive(self) -> bool:
+        """False once the engine's process has ended or been given up."""
+        return not self._dead.is_set()
+
+    async def wait_until_dead(self) -> None:
+        """Return when the engine's process has ended; it never comes back."""
+        await self._dead.wait()
+
+    # --- sampling -------------------------------------------------------------------------------
+
+    async def generate(
+        self,
+        prompt_token_ids: Sequence[int],
+        *,
+        temperature: float,
+        max_completion_tokens: int,
+        stop_token_ids: Sequence[int],
+        request_id: str,
+    ) -> Completion:
+        """Sample one completion; cancelling the call aborts the request.
+
+        Waits for one of `max_num_seqs` places, and while weights are swapped.
+
+        Raises:
+            EngineError: no version was loaded yet, or the engine died or gave the request up.
+            ValueError: the prompt does not fit the model.
+        """
+        params = _sampling_params(
+            temperature=temperature,
+            max_tokens=max_completion_tokens,
+            stop_token_ids=list(stop_token_ids),
+            ignore_eos=True,  # only what the caller names ends a completion
+            logprobs=0,
+        )
+        async with self._slots:
+            version = await self._admit()
+            output = await self._run_request(
+                prompt_token_ids, params, request_id=request_id, cache_salt=f"version {version}"
+            )
+        return _to_completion(output.outputs[0])
+
+    async def score_tokens(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-probs of `token_ids[1:]`, each given those before it, under the present weights.
+
+        Computed anew, without any cache: compared with the learner's, it tells whether an
+        update arrived in every layer.
+
+        Raises:
+            EngineError: no version was loaded yet, or the engine died.
+        """
+        params = _sampling_params(temperature=1.0, max_tokens=1, prompt_logprobs=0)
+        await self._admit()
+        name = f"score-{uuid.uuid4()}"
+        output = await self._run_request(token_ids, params, request_id=name, cache_salt=name)
+        return list(output.prompt_logprobs.logprobs)
+
+    async def _admit(self) -> int:
+        await self._admission.wait()
+        self._require_alive()
+        if self._policy_version is None:
+            raise EngineError("no policy version is loaded: update the engine first")
+        return self._policy_version
+
+    async def _run_request(
+        self, token_ids: Sequence[int], params: Any, *, request_id: str, cache_salt: str
+    ) -> Any:
+        from vllm.exceptions import VLLMValidationError
+        from vllm.inputs.engine import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        vocabulary = self._llm.model_config.get_vocab_size()
+        if not all(0 <= token_id < vocabulary for token_id in token_ids):
+            # vLLM would look them up outside its embedding.
+            raise ValueError(f"request {request_id}: a token id is not below {vocabulary}")
+        prompt = tokens_input(list(token_ids), cache_salt=cache_salt)
+        try:
+            async for output in self._llm.generate(prompt, params, request_id):
+                if output.outputs[0].finish_reason in ("stop", "length"):
+                    return output
+        except VLLMValidationError as error:
+            raise ValueError(f"request {request_id}: {error}") from error
+        except (EngineDeadError, EngineGenerateError) as error:
+            raise EngineError(f"request {request_id} failed: {error}") from error
+        raise EngineError(f"request {request_id} was given up by the engine")
+
+    # --- weights --------------------------------------------------------------------------------
+
+    async def join_group(self, spec: GroupSpec) -> None:
+        """Join a broadcast group, leaving the present one; decoding goes on.
+
+        Args:
+            spec: of the replica; `spec.rank` is that of its first worker.
+        Raises:
+            BroadcastError: the group did not form within its deadline.
+            EngineError: the engine died.
+        """
+        async with self._control_lock:
+            self._receiving = None
+            await self._collective("isentrope_leave_group")
+            await self._collective("init_weight_transfer_engine", dataclasses.asdict(spec))
+        await self._poll(
+            "isentrope_join_status", seconds=2 * spec.timeout_seconds, what="joining the group"
+        )
+
+    async def begin_update(self, version: int, manifest: Manifest, *, bucket_bytes: int) -> None:
+        """Start to receive a version in the background; returns when every worker is ready.
+
+        Raises:
+            EngineError: the engine is in no group, has an update under way, or died.
+        """
+        update_info = {
+            "manifest": [[spec.name, spec.dtype, list(spec.shape)] for spec in manifest],
+            "bucket_bytes": bucket_bytes,
+        }
+        async with self._control_lock:
+            await self._collective("start_weight_update")
+            await self._collective("update_weights", update_info)
+            self._receiving = version
+        logger.debug("receives version %d", version)
+
+    async def commit_update(
+        self, version: int, *, expected_checksum: int | None = None, timeout_seconds: float
+    ) -> UpdateReport:
+        """Wait for the weights, then swap them in; no running request is lost.
+
+        A caller that is cancelled during the swap does not interrupt it.
+
+        Args:
+            expected_checksum: what was sent; weights with another one are refused.
+            timeout_seconds: bounds the wait for the weights.
+        Raises:
+            BroadcastError: the weights did not arrive whole. The engine has left its group and
+                goes on with the version that it had.
+            EngineError: the weights do not fit the model, and every running request was given
+                up; or the engine died.
+        """
+        try:
+            checksum, receive_seconds = await self._await_weights(
+                expected_checksum, timeout_seconds
+            )
+        except BroadcastError:
+            await self.leave_group()
+            raise
+        swap = asyncio.create_task(self._swap(version), name=f"swap-{version}")
+        load_seconds, pause_seconds = await asyncio.shield(swap)
+        logger.info(
+            "loaded version %d: received in %.3f s, paused for %.3f s",
+            version,
+            receive_seconds,
+            pause_seconds,
+        )
+        return UpdateReport(version, checksum, receive_seconds, load_seconds, pause_seconds)
+
+    async def abort_update(self) -> None:
+        """Give up the update under way, and the group with it; the model is unchanged."""
+        await self.leave_group()
+
+    async def leave_group(self) -> None:
+        """Leave the broadcast group, if in one; peers that wait for this replica fail at once."""
+        async with self._control_lock:
+            self._receiving = None
+            await self._collective("isentrope_leave_group")
+
+    async def adopt_version(self, version: int) -> None:
+        """Declare that the weights loaded from `model_path` are this version."""
+        async with self._control_lock:
+            self._require_alive()
+            await self._control(self._llm.update_weight_version(str(version)))
+            self._policy_version = version
+
+    async def _await_weights(self, expected: int | None, seconds: float) -> tuple[int, float]:
+        # Without the lock, so that an update can be aborted meanwhile.
+        statuses = await self._poll(
+            "isentrope_receive_status", seconds=seconds, what="receiving weights"
+        )
+        checksums = {status["checksum"] for status in statuses}
+        if len(checksums) > 1 or (expected is not None and checksums != {expected}):
+            raise BroadcastError(f"received checksums {checksums}, but {expected} was sent")
+        return checksums.pop(), max(status["seconds"] for status in statuses)
+
+    async def _swap(self, version: int) -> tuple[float, float]:
+        """Pause, load, resume; returns the seconds of loading and of the whole."""
+        async with self._control_lock, self._closed_admission():
+            if self._receiving != version:
+                raise BroadcastError(f"the update to version {version} was aborted")
+            self._require_alive()
+            self._receiving = None
+            paused_at = time.monotonic()
+            # Not AsyncLLM.pause_generation, which adds a sleep that serves only log readers.
+            await self._control(
+                self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
+            )
+            loading_at = time.monotonic()
+            try:
+                await self._collective("finish_weight_update")
+                await self._control(self._llm.update_weight_version(str(version)))
+                self._policy_version = version
+            except EngineError:
+                await self._give_up_requests()
+                raise
+            finally:
+                load_seconds = time.monotonic() - loading_at
+                if self.is_alive:
+                    await self._control(self._llm.resume_generation())
+            return load_seconds, time.monotonic() - paused_at
+
+    async def _give_up_requests(self) -> None:
+        """After a failed load: let nothing be sampled from a model that may be damaged."""
+        self._policy_version = None
+        if self.is_alive:
+            running = list(self._llm.output_processor.request_states)
+            await self._control(self._llm.abort(running, internal=True))
+            await self._collective("isentrope_leave_group")
+
+    @contextlib.asynccontextmanager
+    async def _closed_admission(self) -> AsyncIterator[None]:
+        self._admission.clear()
+        try:
+            yield
+        finally:
+            self._admission.set()
+
+    # --- control calls --------------------------------------------------------------------------
+
+    async def _poll(self, method: str, *, seconds: float, what: str) -> list[dict[str, Any]]:
+        """Ask all workers until each is done.
+
+        Raises:
+            BroadcastError: one failed, or the time has passed.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            statuses: list[dict[str, Any]] = await self._collective(method)
+            errors = [status["error"] for status in statuses if status["error"]]
+            if errors:
+                raise BroadcastError(f"{what} failed: {errors[0]}")
+            if all(status["done"] for status in statuses):
+                return statuses
+            if time.monotonic() > deadline:
+                raise BroadcastError(f"{what} took more than {seconds} s")
+            await asyncio.sleep(_STATUS_POLL_SECONDS)
+
+    async def _collective(self, method: str, *args: Any) -> Any:
+        self._require_alive()
+        # Never with vLLM's own timeout: a late reply is then taken for that of the next call.
+        return await self._control(self._llm.collective_rpc(method, args=args))
+
+    async def _control(self, call: Coroutine[Any, Any, T]) -> T:
+        """Await a control call, or the engine's death, or the deadline, whichever is first."""
+        task = asyncio.ensure_future(call)
+        death = asyncio.ensure_future(self._dead.wait())
+        try:
+            await asyncio.wait(
+                {task, death},
+                timeout=self._settings.control_timeout_seconds,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if not task.done():
+                self._give_up_engine(getattr(call, "__name__", "a control call"))
+            return await task
+        except EngineError:
+            raise
+        except Exception as error:
+            raise EngineError(str(error)) from error
+        finally:
+            task.cancel()
+            death.cancel()
+
+    def _require_alive(self) -> None:
+        if not self.is_alive:
+            raise EngineError("the engine's process has ended")
+
+    def _give_up_engine(self, call: str) -> None:
+        self._require_alive()
+        logger.error("killed the engine: no answer to %s", call)
+        self._kill()
+        raise EngineError(
+            f"the engine did not answer {call} within {self._settings.control_timeout_seconds} s"
+        )
+
+    async def _watch_processes(self) -> None:
+        """Sets `_dead`, once, when vLLM or the process table says that the engine ended."""
+        while not self._llm.errored and all(process.is_alive() for process in self._processes):
+            await asyncio.sleep(_DEATH_POLL_SECONDS)
+        self._dead.set()
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+        self._dead.set()
+
+    async def shutdown(self) -> None:
+        """End the engine's process; requests still running fail. Calling it again is harmless."""
+        self._watch.cancel()
+        self._dead.set()
+        if self._llm is None:
+            return
+        self._fail_requests()
+        stop = asyncio.get_running_loop().run_in_executor(
+            None, self._llm.shutdown, _SHUTDOWN_SECONDS
+        )
+        try:
+            await asyncio.wait_for(asyncio.shield(stop), 2 * _SHUTDOWN_SECONDS)
+        except TimeoutError:
+            logger.warning("killed the engine: it did not stop within %s s", _SHUTDOWN_SECONDS)
+        finally:
+            self._kill()
+            self._launcher.shutdown(wait=False)
+            # Collected now, not at the interpreter's end, when its destructor fails noisily.
+            self._llm = None
+
+    def _fail_requests(self) -> None:
+        """What vLLM would do itself a moment later, but with a traceback in the log."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if self._llm.output_handler is not None:
+            self._llm.output_handler.cancel()
+        self._llm.output_processor.propagate_error(EngineDeadError())
+
+
+def _sampling_params(**choices: Any) -> Any:
+    """vLLM's parameters of a request: no top-p and no top-k, so that log-probs are comparable."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        **choices,
+    )
+
+
+def _to_completion(output: Any) -> Completion:
+    """Our record of one of vLLM's finished outputs."""
+    token_ids = array("I", output.token_ids)
+    logprobs = array("f", output.logprobs.logprobs)
+    runs = tuple(
+        VersionRun(int(span.version), span.end - span.start)
+        for span in output.weight_versions
+        if span.end > span.start
+    )
+    assert len(token_ids) == len(logprobs) == sum(run.num_tokens for run in runs)
+    return Completion(token_ids, logprobs, runs, is_truncated=output.finish_reason == "length")
+
+
+# --- starting vLLM, in the launcher thread --------------------------------------------------------
+
+
+# What whoever starts the process may have chosen otherwise.
+_ENVIRONMENT_DEFAULTS = {
+    # Without it vLLM finds its address by opening a socket towards a public one.
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+}
+
+
+def _launch(settings: EngineSettings) -> Any:
+    """Blocks until the engine's process has loaded the model."""
+    os.environ.update(_environment(settings))
+    for name, value in _ENVIRONMENT_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    from vllm import AsyncEngineArgs
+    from vllm.config import WeightTransferConfig
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from services.rollout import weight_receiver
+
+    args = AsyncEngineArgs(
+        model=settings.model_path,
+        dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        seed=settings.seed,
+        kv_cache_memory_bytes=settings.kv_cache_bytes,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        enforce_eager=settings.enforce_eager,
+        load_format=settings.load_format,
+        skip_tokenizer_init=True,
+        generation_config="vllm",
+        enable_prefix_caching=True,
+        logprobs_mode="processed_logprobs",
+        weight_transfer_config=WeightTransferConfig(backend=weight_receiver.BACKEND_NAME),
+        worker_extension_cls="services.rollout.weight_receiver.WorkerExtension",
+        disable_log_stats=False,
+    )
+    config = args.create_engine_config()
+    is_single = settings.tensor_parallel_size == 1
+    executor = weight_receiver.InProcessExecutor if is_single else weight_receiver.WorkersExecutor
+    if settings.device == "cpu":
+        # vLLM has just asked for a separate worker process, and for starting processes afresh,
+        # to control OpenMP; we set OpenMP ourselves, and save 30 s of imports.
+        config.parallel_config.distributed_executor_backend = "uni" if is_single else "mp"
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+        executor.threads = settings.threads
+    return AsyncLLM(vllm_config=config, executor_class=executor, log_requests=False, log_stats=True)
+
+
+def _environment(settings: EngineSettings) -> dict[str, str]:
+    """What vLLM takes from the environment only; both processes see it."""
+    environment = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENGINE_READY_TIMEOUT_S": str(int(settings.start_timeout_seconds)),
+    }
+    if settings.device == "cpu":
+        environment |= {
+            "OMP_NUM_THREADS": str(settings.threads),
+            # The default pins the first thread of every replica on a machine to the same core.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        }
+        if settings.enforce_eager:
+            # Log-probs are compiled even then, which needs a C++ compiler on the machine.
+            environment["TORCHDYNAMO_DISABLE"] = "1"
+    return environment

@@ -1,0 +1,253 @@
+"""The rollout service's gRPC face: translates calls, decides nothing."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Protocol
+
+import grpc
+
+from protos import rollout_pb2 as pb
+from protos import rollout_pb2_grpc as pb_grpc
+from services.rollout.replica import Event, Replica, State
+from services.rollout.sampler import Engine, Sampler
+from shared.broadcast import GroupSpec, Manifest, ParameterSpec
+from shared.codec import completion_message, pack_logprobs, unpack_token_ids
+from shared.errors import BroadcastError, EngineError, StreamError
+from shared.metrics import (
+    ROLLOUT_VERSION,
+    WEIGHT_SYNC_BYTES,
+    WEIGHT_SYNC_OPERATIONS,
+    WEIGHT_SYNC_PAUSE,
+    WEIGHT_SYNC_SECONDS,
+)
+
+logger = logging.getLogger(__name__)
+
+SERVICE = pb.DESCRIPTOR.services_by_name["Rollout"].full_name
+
+_STATES = {
+    State.JOINING: pb.REPLICA_STATE_JOINING,
+    State.STALE: pb.REPLICA_STATE_STALE,
+    State.SERVING: pb.REPLICA_STATE_SERVING,
+    State.DRAINING: pb.REPLICA_STATE_DRAINING,
+    State.GONE: pb.REPLICA_STATE_GONE,
+}
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class UpdatableEngine(Engine, Protocol):
+    """What the servicer needs of vLLM; `services.rollout.engine.VllmEngine` is it."""
+
+    @property
+    def num_workers(self) -> int: ...
+
+    async def join_group(self, spec: GroupSpec) -> None: ...
+
+    async def begin_update(
+        self, version: int, manifest: Manifest, *, bucket_bytes: int
+    ) -> None: ...
+
+    async def commit_update(
+        self, version: int, *, expected_checksum: int | None, timeout_seconds: float
+    ) -> Any: ...
+
+    async def abort_update(self) -> None: ...
+
+    async def score_tokens(self, token_ids: Any) -> list[float]: ...
+
+
+class RolloutServicer(pb_grpc.RolloutServicer):
+    """`isentrope.v1.Rollout` over one engine."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        engine: UpdatableEngine,
+        replica: Replica,
+        sampler: Sampler,
+        stop_token_ids: tuple[int, ...],
+        max_length: int,
+    ) -> None:
+        self._name = name
+        self._engine = engine
+        self._replica = replica
+        self._sampler = sampler
+        self._stop_token_ids = stop_token_ids
+        self._max_length = max_length
+        self._epoch: int | None = None
+        self._update: tuple[int, int] | None = None
+        self._generated = 0
+
+    async def GetStatus(
+        self, request: pb.GetRolloutStatusRequest, context: Context
+    ) -> pb.GetRolloutStatusResponse:
+        sampler = self._sampler
+        return pb.GetRolloutStatusResponse(
+            replica=self._name,
+            state=_STATES[self._replica.state],
+            policy_version=self._replica.policy_version,
+            groups_sampled=sampler.groups_sampled,
+            tokens_sampled=sampler.tokens_sampled,
+            groups_in_flight=sampler.groups_in_flight,
+            mixed_version_completions=sampler.mixed_version_completions,
+            num_workers=self._engine.num_workers,
+        )
+
+    async def JoinBroadcast(
+        self, request: pb.JoinBroadcastRequest, context: Context
+    ) -> pb.JoinBroadcastResponse:
+        if self._replica.is_ending:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "draining")
+        self._epoch, self._update = None, None
+        try:
+            await self._engine.join_group(
+                GroupSpec(
+                    epoch=request.epoch,
+                    backend=request.backend,  # type: ignore[arg-type]
+                    store_host=request.store_host,
+                    store_port=request.store_port,
+                    key=request.key,
+                    rank=request.rank,
+                    world_size=request.world_size,
+                    timeout_seconds=request.timeout_seconds,
+                )
+            )
+        except (BroadcastError, EngineError, ValueError) as error:
+            await _abort(context, error)
+        self._epoch = request.epoch
+        return pb.JoinBroadcastResponse()
+
+    async def BeginUpdate(
+        self, request: pb.BeginUpdateRequest, context: Context
+    ) -> pb.BeginUpdateResponse:
+        if request.epoch != self._epoch:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"in epoch {self._epoch}, not {request.epoch}; join first",
+            )
+        manifest = tuple(
+            ParameterSpec(each.name, each.dtype, tuple(each.shape)) for each in request.manifest
+        )
+        try:
+            await self._engine.begin_update(
+                request.policy_version, manifest, bucket_bytes=request.bucket_bytes
+            )
+        except (BroadcastError, EngineError, ValueError) as error:
+            await _abort(context, error)
+        size = sum(spec.num_bytes for spec in manifest)
+        self._update = (request.policy_version, size)
+        return pb.BeginUpdateResponse()
+
+    async def CommitUpdate(
+        self, request: pb.CommitUpdateRequest, context: Context
+    ) -> pb.CommitUpdateResponse:
+        if self._update is None or self._update[0] != request.policy_version:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"no update to version {request.policy_version} was begun",
+            )
+            raise AssertionError("abort raises")
+        version, size = self._update
+        self._update = None
+        try:
+            report = await self._engine.commit_update(
+                version,
+                expected_checksum=request.checksum,
+                timeout_seconds=request.timeout_seconds,
+            )
+            await self._replica.swapped(version)
+            canary = await self._engine.score_tokens(unpack_token_ids(request.canary_token_ids))
+        except (BroadcastError, EngineError, StreamError, ValueError) as error:
+            WEIGHT_SYNC_OPERATIONS.labels(result="error").inc()
+            await _abort(context, error)
+        WEIGHT_SYNC_BYTES.inc(size)
+        WEIGHT_SYNC_PAUSE.inc(report.pause_seconds)
+        WEIGHT_SYNC_SECONDS.labels(phase="broadcast").observe(report.receive_seconds)
+        WEIGHT_SYNC_SECONDS.labels(phase="load").observe(report.load_seconds)
+        WEIGHT_SYNC_SECONDS.labels(phase="swap").observe(report.pause_seconds)
+        return pb.CommitUpdateResponse(
+            checksum=report.checksum,
+            canary_logprobs=pack_logprobs(canary),
+            receive_seconds=report.receive_seconds,
+            load_seconds=report.load_seconds,
+            pause_seconds=report.pause_seconds,
+        )
+
+    async def Serve(self, request: pb.ServeRequest, context: Context) -> pb.ServeResponse:
+        try:
+            await self._replica.judged(request.policy_version, is_confirmed=True)
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        ROLLOUT_VERSION.set(request.policy_version)
+        WEIGHT_SYNC_OPERATIONS.labels(result="ok").inc()
+        return pb.ServeResponse()
+
+    async def AbortUpdate(
+        self, request: pb.AbortUpdateRequest, context: Context
+    ) -> pb.AbortUpdateResponse:
+        self._epoch, self._update = None, None
+        try:
+            await self._engine.abort_update()
+        except EngineError as error:
+            await _abort(context, error)
+        if request.policy_version == self._replica.policy_version:
+            WEIGHT_SYNC_OPERATIONS.labels(result="canary").inc()
+            await self._replica.judged(request.policy_version, is_confirmed=False)
+        return pb.AbortUpdateResponse()
+
+    async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
+        await self._replica.handle(Event.DRAIN)
+        return pb.DrainResponse()
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
+        if self._replica.state is not State.SERVING:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION, f"{self._name} is {self._replica.state.value}"
+            )
+        try:
+            completions = await self._generate(request)
+        except (EngineError, StreamError, ValueError) as error:
+            await _abort(context, error)
+        return pb.GenerateResponse(completions=[completion_message(each) for each in completions])
+
+    async def _generate(self, request: pb.GenerateRequest) -> list[Any]:
+        prompt = unpack_token_ids(request.prompt_token_ids)
+        room = self._max_length - len(prompt)
+        if not prompt or not 1 <= request.num_completions <= 1024:
+            raise ValueError(
+                f"{len(prompt)} prompt tokens and num_completions = {request.num_completions}:"
+                " give a prompt and 1 to 1024 completions"
+            )
+        if not 0 < request.max_completion_tokens <= room or request.temperature <= 0:
+            raise ValueError(
+                f"max_completion_tokens = {request.max_completion_tokens}, temperature ="
+                f" {request.temperature}: need 1 to {room}, and above 0"
+            )
+        completions = []
+        for _ in range(request.num_completions):
+            self._generated += 1
+            completions.append(
+                await self._engine.generate(
+                    prompt,
+                    temperature=request.temperature,
+                    max_completion_tokens=request.max_completion_tokens,
+                    stop_token_ids=self._stop_token_ids,
+                    request_id=f"generate/{self._generated}",
+                )
+            )
+        return completions
+
+
+async def _abort(context: Context, error: Exception) -> None:
+    """Answer with the status that the .proto promises for this error."""
+    codes = {
+        BroadcastError: grpc.StatusCode.ABORTED,
+        EngineError: grpc.StatusCode.UNAVAILABLE,
+        StreamError: grpc.StatusCode.INVALID_ARGUMENT,
+        ValueError: grpc.StatusCode.INVALID_ARGUMENT,
+    }
+    logger.warning("refused: %s", error)
+    await context.abort(codes[type(error)], str(error))

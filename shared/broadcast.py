@@ -1,0 +1,540 @@
+"""Moves the weights of one policy version from the learner to the replicas' workers.
+
+    manifest ──plan──▶ buckets ──pack──▶ bytes ──broadcast──▶ bytes ──unpack──▶ tensors
+
+Both sides compute the same buckets from the same manifest, so nothing but raw bytes travels. The
+group is a stateless `ProcessGroupGloo` (CPU) or `ProcessGroupNCCL` (GPU): there is no default
+process group, and a new group, with its own key in the store, costs tens of milliseconds. Rank 0
+is always the learner.
+
+Layout of the groups: with gloo one group of two per worker of each replica, because a killed
+peer is noticed at once only in a group of two; with NCCL one group of all. `GroupSpec.for_worker`
+is that rule, for both sides.
+
+Invariant: every wait here ends at a deadline with `BroadcastError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+from torch.distributed import (  # type: ignore[attr-defined]
+    BroadcastOptions,
+    PrefixStore,
+    ProcessGroupGloo,
+    TCPStore,
+    Work,
+)
+
+from shared.errors import BroadcastError
+
+# Every parameter starts at a multiple of this, so that a view of any dtype is aligned.
+ALIGNMENT = 16
+
+# The checksum works through this many 32-bit words at a time: 4 MiB of weights, and twice that
+# of temporary memory.
+_CHECKSUM_WORDS = 1 << 20
+_UINT64 = 1 << 64
+
+# How often a wait looks whether its group was closed meanwhile; completion itself wakes it at once.
+_CLOSE_POLL = timedelta(milliseconds=50)
+_NCCL_POLL_SECONDS = 0.001
+
+
+# --- what is sent -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterSpec:
+    """One parameter as it travels: `dtype` is torch's name for it ("float32", "bfloat16")."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype named; ValueError if torch has none of that name."""
+        dtype = getattr(torch, self.dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"parameter {self.name!r} has no torch dtype: {self.dtype!r}")
+        return dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on the wire, without alignment."""
+        num_elements = 1
+        for extent in self.shape:
+            num_elements *= extent
+        return num_elements * self.torch_dtype.itemsize
+
+
+Manifest = tuple[ParameterSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A parameter and the byte of its bucket at which it starts."""
+
+    spec: ParameterSpec
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Consecutive parameters of a manifest that travel as one contiguous run of bytes.
+
+    Attributes:
+        start: offset of the bucket in the whole, aligned manifest; a multiple of ALIGNMENT.
+        num_bytes: a multiple of ALIGNMENT; bytes between parameters are zero.
+    """
+
+    placements: tuple[Placement, ...]
+    start: int
+    num_bytes: int
+
+
+def plan_buckets(manifest: Manifest, *, bucket_bytes: int) -> list[Bucket]:
+    """Divide `manifest`, in order, into buckets of at most `bucket_bytes`.
+
+    A parameter larger than that gets a bucket of its own.
+
+    Raises:
+        ValueError: a name occurs twice, a dtype is unknown, or `bucket_bytes` is not positive.
+    """
+    if bucket_bytes < 1:
+        raise ValueError(f"bucket_bytes must be positive, not {bucket_bytes}")
+    if len({spec.name for spec in manifest}) != len(manifest):
+        raise ValueError("the manifest names a parameter twice")
+    buckets: list[Bucket] = []
+    placements: list[Placement] = []
+    start, filled = 0, 0
+    for spec in manifest:
+        size = _aligned(spec.num_bytes)
+        if placements and filled + size > bucket_bytes:
+            buckets.append(Bucket(tuple(placements), start, filled))
+            placements, start, filled = [], start + filled, 0
+        placements.append(Placement(spec, filled))
+        filled += size
+    if placements:
+        buckets.append(Bucket(tuple(placements), start, filled))
+    return buckets
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def pack_bucket(
+    bucket: Bucket, tensors: dict[str, torch.Tensor], *, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Copy a bucket's parameters, cast to the manifest's dtypes, into one uint8 tensor.
+
+    Raises:
+        ValueError: a tensor has another shape than the manifest says.
+    """
+    data = torch.zeros(bucket.num_bytes, dtype=torch.uint8, device=device)
+    for name, view in unpack_bucket(bucket, data).items():
+        if tensors[name].shape != view.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensors[name].shape)}, "
+                f"but the manifest says {tuple(view.shape)}"
+            )
+        view.copy_(tensors[name].detach())
+    return data
+
+
+def unpack_bucket(bucket: Bucket, data: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Views of the parameters inside the bucket's bytes; they share `data`'s memory."""
+    return {
+        spec.name: data[offset : offset + spec.num_bytes].view(spec.torch_dtype).view(spec.shape)
+        for spec, offset in ((p.spec, p.offset) for p in bucket.placements)
+    }
+
+
+# --- checksum -----------------------------------------------------------------------------------
+
+
+def checksum(data: torch.Tensor, *, start: int = 0) -> int:
+    """A 64-bit checksum of raw bytes, the same on CPU and GPU, that adds up over buckets.
+
+        sum over i of word[i] * weight[i]  mod 2^64
+
+    over 32-bit words, with a fixed odd weight per position in the whole manifest. An odd number
+    has an inverse mod 2^64, so a change within one word always shows. Zero bytes add nothing:
+    sums of buckets, mod 2^64, do not depend on how the manifest was divided.
+
+    Args:
+        data: uint8, contiguous, a multiple of 4 bytes long.
+        start: offset of `data` in the whole, aligned manifest; a multiple of 4.
+    """
+    words = data.view(torch.int32)
+    base = _position_weights(data.device)
+    total = torch.zeros((), dtype=torch.int64, device=data.device)
+    position = start // 4
+    done = 0
+    while done < words.numel():
+        chunk, inside = divmod(position + done, _CHECKSUM_WORDS)
+        count = min(_CHECKSUM_WORDS - inside, words.numel() - done)
+        products = base[inside : inside + count] * words[done : done + count]
+        total += products.sum() * _as_int64(_chunk_weight(chunk))
+        done += count
+    return int(total.item()) % _UINT64
+
+
+def add_checksums(parts: Iterable[int]) -> int:
+    """The checksum of a whole manifest from those of its buckets."""
+    return sum(parts) % _UINT64
+
+
+_weights_by_device: dict[torch.device, torch.Tensor] = {}
+
+
+def _position_weights(device: torch.device) -> torch.Tensor:
+    """Odd int64 weights of the positions in a chunk; fixed, so computed once a device."""
+    if device not in _weights_by_device:
+        index = torch.arange(1, _CHECKSUM_WORDS + 1, dtype=torch.int64, device=device)
+        mixed = index * _as_int64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> 31)) * _as_int64(0xBF58476D1CE4E5B9)
+        _weights_by_device[device] = (mixed ^ (mixed >> 29)) | 1
+    return _weights_by_device[device]
+
+
+def _chunk_weight(chunk: int) -> int:
+    mixed = (chunk + 1) * 0x94D049BB133111EB % _UINT64
+    return (mixed ^ (mixed >> 32)) | 1
+
+
+def _as_int64(value: int) -> int:
+    """Two's complement: the int64 that has the bits of this uint64."""
+    value %= _UINT64
+    return value - _UINT64 if value >= 1 << 63 else value
+
+
+# --- groups -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSpec:
+    """What one member must know to join a broadcast group.
+
+    Attributes:
+        epoch: membership epoch, for messages; the key must differ between epochs.
+        store_host: where the learner's store listens.
+        key: prefix in the store, the same for all members of one group, never used again.
+        rank: 0 is the learner.
+        timeout_seconds: bounds the rendezvous, and each broadcast afterwards.
+    """
+
+    epoch: int
+    backend: Literal["gloo", "nccl"]
+    store_host: str
+    store_port: int
+    key: str
+    rank: int
+    world_size: int
+    timeout_seconds: float
+
+    def __post_init__(self) -> None:
+        if self.backend not in ("gloo", "nccl"):
+            raise ValueError(f"backend must be gloo or nccl, not {self.backend!r}")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank {self.rank} is not in a group of {self.world_size}")
+        if self.timeout_seconds <= 0:
+            raise ValueError(f"timeout_seconds must be positive, not {self.timeout_seconds}")
+
+    def for_worker(self, worker: int) -> GroupSpec:
+        """The spec of a replica's worker number `worker`, from the replica's spec.
+
+        gloo: a pair with the learner under a key of its own; the learner opens the same spec
+        with its rank 0. NCCL: one group, in which a replica's workers have consecutive ranks.
+        """
+        if self.backend == "gloo":
+            return replace(self, key=f"{self.key}/{worker}")
+        return replace(self, rank=self.rank + worker)
+
+
+def open_store(host: str, *, port: int = 0, timeout_seconds: float = 30.0) -> TCPStore:
+    """Start the learner's store; `port=0` takes a free one, to be read from `.port`.
+
+    `host` is the address that is told to the replicas; the store listens on all interfaces.
+    """
+    return TCPStore(
+        host,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+
+
+def open_group(spec: GroupSpec, store: TCPStore | None = None) -> BroadcastGroup:
+    """Join the group; returns when every member did.
+
+    Args:
+        store: the learner's own, from `open_store`; without it, connect to `spec.store_host`.
+    Raises:
+        BroadcastError: some member did not join within the deadline.
+    """
+    open_backend = _open_gloo if spec.backend == "gloo" else _open_nccl
+    try:
+        process_group = open_backend(PrefixStore(spec.key, _connect(spec, store)), spec)
+    except RuntimeError as error:  # DistStoreError and DistNetworkError are RuntimeErrors
+        raise BroadcastError(
+            f"epoch {spec.epoch}: rank {spec.rank} of {spec.world_size} could not join "
+            f"group {spec.key!r} at {spec.store_host}:{spec.store_port} "
+            f"within {spec.timeout_seconds} s: {error}"
+        ) from error
+    return BroadcastGroup(spec, process_group)
+
+
+def _connect(spec: GroupSpec, store: TCPStore | None) -> TCPStore:
+    """A connection of the group's own: a wait holds a connection, and its deadline is one's own."""
+    timeout = timedelta(seconds=spec.timeout_seconds)
+    return TCPStore(
+        spec.store_host if store is None else "localhost",
+        spec.store_port if store is None else store.port,
+        is_master=False,
+        wait_for_workers=False,
+        timeout=timeout,
+    )
+
+
+def _open_gloo(store: PrefixStore, spec: GroupSpec) -> Any:
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    # Left alone, gloo listens on whatever the host name resolves to, which may be 127.0.1.1.
+    address = _local_address(spec.store_host, spec.store_port)
+    options._devices = [ProcessGroupGloo.create_device(hostname=address)]
+    options._timeout = timedelta(seconds=spec.timeout_seconds)
+    options._threads = 1
+    return ProcessGroupGloo(store, spec.rank, spec.world_size, options)
+
+
+def _open_nccl(store: PrefixStore, spec: GroupSpec) -> Any:
+    from torch.distributed import ProcessGroupNCCL  # absent from CPU builds
+
+    options = ProcessGroupNCCL.Options()
+    # NCCL's own watchdog ends the process when this passes; our wait must always come first.
+    options._timeout = timedelta(seconds=10 * spec.timeout_seconds)
+    return ProcessGroupNCCL(store, spec.rank, spec.world_size, options)
+
+
+def _local_address(host: str, port: int) -> str:
+    """The address of the interface that leads to `host`; sends nothing."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(address)
+        return str(probe.getsockname()[0])
+
+
+class BroadcastGroup:
+    """One member's end of a group. `close` may be called from any thread, and more than once."""
+
+    def __init__(self, spec: GroupSpec, process_group: Any) -> None:
+        self.spec = spec
+        self._process_group = process_group
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"BroadcastGroup({self.spec.key!r}, epoch {self.spec.epoch})"
+
+    @property
+    def device(self) -> torch.device:
+        """Where a tensor must be to be broadcast in this group."""
+        if self.spec.backend == "nccl":
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Send `tensor` (rank 0) or receive into it (others), and wait until that is done.
+
+        Raises:
+            BroadcastError: a peer is gone, the deadline passed, or the group was closed. The
+                group is of no use afterwards.
+        """
+        self.finish(self.begin(tensor))
+
+    def begin(self, tensor: torch.Tensor) -> Work:
+        """Start a broadcast; `tensor` belongs to it until `finish` returns or raises."""
+        process_group = self._process_group
+        if process_group is None:
+            raise self._error("the group is closed")
+        options = BroadcastOptions()
+        options.rootRank = 0
+        options.timeout = timedelta(seconds=self.spec.timeout_seconds)
+        try:
+            work: Work = process_group.broadcast([tensor], options)
+        except RuntimeError as error:
+            raise self._error(f"broadcast refused: {error}") from error
+        return work
+
+    def finish(self, work: Work) -> None:
+        """Wait for a broadcast that `begin` started."""
+        deadline = time.monotonic() + self.spec.timeout_seconds
+        while not self._is_done(work):
+            if self._process_group is None:
+                raise self._error("closed during a broadcast")
+            if time.monotonic() > deadline:
+                raise self._error(f"a peer was silent for {self.spec.timeout_seconds} s")
+
+    def _is_done(self, work: Work) -> bool:
+        """Wait for a moment; True if the broadcast succeeded."""
+        if not self._is_over(work):
+            return False
+        try:
+            return bool(work.wait())
+        except RuntimeError as error:
+            raise self._error(f"a peer is gone: {error}") from error
+
+    def _is_over(self, work: Work) -> bool:
+        """Wait for a moment; True if the broadcast succeeded or failed."""
+        if self.spec.backend == "nccl":  # NCCL's `wait` only orders streams
+            time.sleep(_NCCL_POLL_SECONDS)
+        else:
+            with contextlib.suppress(RuntimeError):  # the moment has passed, or it failed
+                work.wait(_CLOSE_POLL)
+        return work.is_completed()
+
+    def close(self) -> None:
+        """Leave the group: peers in a broadcast fail at once, and so does a wait of our own."""
+        with self._lock:
+            process_group, self._process_group = self._process_group, None
+        if process_group is None:
+            return
+        # Freeing gloo's group waits for a broadcast that is still under way, and aborting NCCL's
+        # may wait for a kernel: not in the caller's thread. Not a daemon thread either, which
+        # would abort the process if the interpreter ended before it.
+        holder = [process_group]
+        del process_group
+        threading.Thread(
+            target=_release, args=(holder, self.spec.backend), name="close-group"
+        ).start()
+
+    def _error(self, reason: str) -> BroadcastError:
+        return BroadcastError(
+            f"epoch {self.spec.epoch}, group {self.spec.key!r}, "
+            f"rank {self.spec.rank} of {self.spec.world_size}: {reason}"
+        )
+
+
+def _release(holder: list[Any], backend: str) -> None:
+    if backend == "nccl":
+        holder[0].abort()
+    holder.clear()
+
+
+# --- sending and receiving ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SendReport:
+    """What `send_weights` did; `failed` holds the groups that did not get everything, and why."""
+
+    num_bytes: int
+    checksum: int
+    seconds: float
+    failed: dict[BroadcastGroup, BroadcastError] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """Tensors by parameter name, in CPU memory, in the manifest's order."""
+
+    tensors: dict[str, torch.Tensor]
+    checksum: int
+    seconds: float
+
+
+def pack_buckets(
+    named_tensors: Iterable[tuple[str, torch.Tensor]],
+    manifest: Manifest,
+    *,
+    bucket_bytes: int,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[Bucket, torch.Tensor]]:
+    """Pack bucket by bucket, taking from `named_tensors` only what the next bucket needs.
+
+    Raises:
+        ValueError: the tensors are not those of the manifest, in its order.
+    """
+    tensors = iter(named_tensors)
+    for bucket in plan_buckets(manifest, bucket_bytes=bucket_bytes):
+        taken: dict[str, torch.Tensor] = {}
+        for placement in bucket.placements:
+            name, tensor = next(tensors, ("nothing", torch.empty(0)))
+            if name != placement.spec.name:
+                raise ValueError(f"expected {placement.spec.name} next, but got {name}")
+            taken[name] = tensor
+        yield bucket, pack_bucket(bucket, taken, device=device)
+
+
+def send_bucket(
+    groups: Sequence[BroadcastGroup], data: torch.Tensor
+) -> dict[BroadcastGroup, BroadcastError]:
+    """Send one packed bucket to all groups at the same time; returns the groups that failed."""
+    failed: dict[BroadcastGroup, BroadcastError] = {}
+    under_way: list[tuple[BroadcastGroup, Work]] = []
+    for group in groups:
+        try:
+            under_way.append((group, group.begin(data)))
+        except BroadcastError as error:
+            failed[group] = error
+    for group, work in under_way:
+        try:
+            group.finish(work)
+        except BroadcastError as error:
+            failed[group] = error
+    return failed
+
+
+def send_weights(
+    groups: Sequence[BroadcastGroup],
+    named_tensors: Iterable[tuple[str, torch.Tensor]],
+    manifest: Manifest,
+    *,
+    bucket_bytes: int,
+    device: torch.device | str = "cpu",
+) -> SendReport:
+    """Pack each bucket once and send it to every group that has not failed.
+
+    A group that fails is closed and reported; the others get everything. `named_tensors` is
+    always consumed to its end, even with no group left: producing it may be a collective among
+    the learner's ranks.
+    """
+    started = time.monotonic()
+    failed: dict[BroadcastGroup, BroadcastError] = {}
+    num_bytes, parts = 0, []
+    packed = pack_buckets(named_tensors, manifest, bucket_bytes=bucket_bytes, device=device)
+    for bucket, data in packed:
+        failures = send_bucket([group for group in groups if group not in failed], data)
+        for group in failures:
+            group.close()
+        failed |= failures
+        num_bytes += bucket.num_bytes
+        parts.append(checksum(data, start=bucket.start))
+    return SendReport(num_bytes, add_checksums(parts), time.monotonic() - started, failed)
+
+
+def receive_weights(group: BroadcastGroup, manifest: Manifest, *, bucket_bytes: int) -> Received:
+    """Receive what `send_weights` sends, into newly allocated CPU memory.
+
+    Raises:
+        BroadcastError: the transfer did not complete; nothing of it is kept.
+    """
+    started = time.monotonic()
+    tensors: dict[str, torch.Tensor] = {}
+    parts: list[int] = []
+    for bucket in plan_buckets(manifest, bucket_bytes=bucket_bytes):
+        data = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=group.device)
+        group.broadcast(data)
+        parts.append(checksum(data, start=bucket.start))
+        tensors |= unpack_bucket(bucket, data.cpu())
+    return Received(tensors, add_checksums(parts), time.monotonic() - started)

@@ -1,0 +1,59 @@
+"""The only place that reads the process environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from shared.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What the launcher or the cluster tells a process.
+
+    Attributes:
+        redis_url: `REDIS_URL`; wins over the run file.
+        advertised_host: `ISENTROPE_HOST`; address peers reach this process at (a pod's IP).
+        rank, local_rank, world_size: `RANK`, `LOCAL_RANK`, `WORLD_SIZE` as torchrun sets them.
+        master_address, master_port: `MASTER_ADDR`, `MASTER_PORT` of the learner's ranks.
+    """
+
+    redis_url: str | None
+    advertised_host: str | None
+    rank: int
+    local_rank: int
+    world_size: int
+    master_address: str
+    master_port: int
+
+    @classmethod
+    def read(cls, variables: Mapping[str, str] | None = None) -> Environment:
+        """From `variables`, or the process environment.
+
+        Raises:
+            ConfigError: a number is not one.
+        """
+        given = os.environ if variables is None else variables
+        rank = _integer(given, "RANK", 0)
+        world_size = _integer(given, "WORLD_SIZE", 1)
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"RANK = {rank}: must be below WORLD_SIZE = {world_size}")
+        return cls(
+            redis_url=given.get("REDIS_URL") or None,
+            advertised_host=given.get("ISENTROPE_HOST") or None,
+            rank=rank,
+            local_rank=_integer(given, "LOCAL_RANK", 0),
+            world_size=world_size,
+            master_address=given.get("MASTER_ADDR", "127.0.0.1"),
+            master_port=_integer(given, "MASTER_PORT", 0),
+        )
+
+
+def _integer(variables: Mapping[str, str], name: str, default: int) -> int:
+    text = variables.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"{name} = {text!r}: must be a whole number") from None

@@ -1,0 +1,88 @@
+"""Read a run file; say what is wrong with it in one line."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from shared.config.run import RunConfig
+from shared.errors import ConfigError
+
+
+def load_run(path: Path) -> RunConfig:
+    """The validated run file at `path`.
+
+    Raises:
+        ConfigError: unreadable, not TOML, or refused; one line naming key, value and remedy.
+    """
+    try:
+        text = path.read_text("utf8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error}); give the path of a run file"
+        ) from None
+    try:
+        return parse_run(text)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def parse_run(text: str) -> RunConfig:
+    """The validated run file with this TOML text.
+
+    Raises:
+        ConfigError: as `load_run`.
+    """
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"not TOML: {error}") from None
+    try:
+        return RunConfig.model_validate(document)
+    except ValidationError as error:
+        raise ConfigError(_explain(error.errors()[0])) from None
+
+
+def _explain(error: ErrorDetails) -> str:
+    """One line of `key = value: what is wrong; remedy`."""
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    if error["type"] == "missing":
+        return f"{key}: is missing; add it"
+    if error["type"] == "extra_forbidden":
+        return f"{key} = {error['input']!r}: unknown key; {_suggestion(location)}"
+    if not location:
+        return error["msg"].removeprefix("Value error, ")
+    if isinstance(error["input"], Mapping):
+        return f"{key}: {error['msg']}"
+    return f"{key} = {error['input']!r}: {error['msg'].lower()}"
+
+
+def _suggestion(location: Sequence[str]) -> str:
+    """The nearest known key of the section an unknown key was found in."""
+    known = list(_section_at(location[:-1]).model_fields)
+    close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+
+
+def _section_at(location: Sequence[str]) -> type[BaseModel]:
+    section: type[BaseModel] = RunConfig
+    for name in location:
+        section = _model_of(section.model_fields[name].annotation)
+    return section
+
+
+def _model_of(annotation: Any) -> type[BaseModel]:
+    """The model in `Model` or `Model | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    models: list[type[BaseModel]] = [
+        part for part in annotation.__args__ if issubclass(part, BaseModel)
+    ]
+    return models[0]

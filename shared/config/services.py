@@ -1,0 +1,252 @@
+"""What each service of a run needs to know about itself and about the others."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from shared.config.section import Count, Index, Port, Seconds, Section
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+class NetworkConfig(Section):
+    """Where services listen and how long they wait for each other."""
+
+    host: str = "127.0.0.1"
+    """Address that gRPC and metrics servers bind, and peers are told to use."""
+
+    rollout_port: Port = 0
+    """gRPC port of a rollout replica; 0 takes a free one, which its lease announces."""
+
+    verifier_port: Port = 0
+    """gRPC port of a verifier replica."""
+
+    learner_port: Port = 0
+    """gRPC port of the learner."""
+
+    metrics_port: Port = 0
+    """Port of `/metrics`; fix it only where each service has an address of its own."""
+
+    lease_seconds: Seconds = 10.0
+    """A service that has not been heard of for this long is gone."""
+
+    call_timeout_seconds: Seconds = 30.0
+    """Deadline of a control call."""
+
+    start_timeout_seconds: Seconds = 300.0
+    """How long services wait for each other at the start."""
+
+
+class RedisConfig(Section):
+    """The streams. `REDIS_URL` in the environment wins over `url`."""
+
+    url: str | None = None
+    """`redis://` address; without it `isentrope up` starts a server of its own."""
+
+    max_prompts: Count = 4096
+    """Groups that may wait on `prompts`; the feeder waits beyond."""
+
+    max_groups: Count = 1024
+    """Groups that may wait on `rollouts` and on `scored`; producers wait beyond."""
+
+    max_attempts: Count = 5
+    """Deliveries of one entry before it goes to `dead_letter`."""
+
+    reclaim_seconds: Seconds = 30.0
+    """An entry claimed this long ago by a consumer whose lease ended is given to another."""
+
+
+class ModelConfig(Section):
+    """The policy."""
+
+    path: str | None = None
+    """Folder in Hugging Face form, or a hub name. Without it `[warmup]` must be there."""
+
+    dtype: Dtype = "float32"
+    """Of the weights, in the learner and on the wire."""
+
+    max_length: Count = 4096
+    """Prompt and completion together, in tokens."""
+
+    use_chat_template: bool = False
+    """Wrap each prompt as a user's message in the tokenizer's chat template."""
+
+
+class WarmupConfig(Section):
+    """A small model trained from scratch on the task's demonstrations before the run."""
+
+    num_steps: Count = 900
+    """Optimiser steps."""
+
+    batch_size: Count = 64
+    """Demonstrations per step."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    """Peak of a linear warm-up and decay."""
+
+    hidden_size: Count = 128
+    """Width of the residual stream."""
+
+    num_layers: Count = 3
+    """Transformer blocks."""
+
+    num_heads: Count = 4
+    """Attention heads."""
+
+    intermediate_size: Count = 256
+    """Width of the feed-forward layers."""
+
+
+class TaskConfig(Section):
+    """Where prompts come from and how completions are scored."""
+
+    name: str = "countdown"
+    """A name of `shared/tasks`, or `package.module:Class` of your own."""
+
+    params: dict[str, str | int | float | bool] = {}
+    """Keyword arguments of the task."""
+
+
+class RolloutConfig(Section):
+    """The vLLM fleet."""
+
+    num_replicas: Index = 2
+    """Replicas that `isentrope up` starts; a cluster may run any number."""
+
+    group_size: Count = 8
+    """Completions per prompt."""
+
+    max_completion_tokens: Count = 1024
+    """A completion that reaches this is truncated."""
+
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of training samples; the learner divides its logits by the same."""
+
+    max_concurrent_groups: Count = 16
+    """Groups one replica samples at a time."""
+
+    tensor_parallel_size: Count = 1
+    """GPUs of one replica."""
+
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
+    """Share of a GPU that vLLM may take."""
+
+    kv_cache_mib: Count = 256
+    """KV cache of one replica on a CPU."""
+
+    threads: Count = 1
+    """CPU threads of one engine."""
+
+    enforce_eager: bool = False
+    """Do not compile or capture graphs; a CPU replica never does."""
+
+
+class VerifierConfig(Section):
+    """The scorers."""
+
+    num_replicas: Count = 1
+    """Replicas that `isentrope up` starts; a cluster may run any number."""
+
+    num_workers: Count = 1
+    """Scoring processes of one replica."""
+
+    timeout_seconds: Seconds = 10.0
+    """A completion whose scoring takes longer is killed and counted as a timeout."""
+
+    memory_mib: Count = 2048
+    """Address space of one scoring process."""
+
+    max_concurrent_groups: Count = 16
+    """Groups one replica scores at a time."""
+
+
+class LearnerConfig(Section):
+    """The DeepSpeed learner."""
+
+    num_ranks: Count = 1
+    """Data-parallel processes that `isentrope up` starts."""
+
+    groups_per_batch: Count = 16
+    """Prompt groups of one training batch."""
+
+    optimizer_steps_per_batch: Count = 1
+    """Optimiser mini-batches one batch is cut into."""
+
+    max_staleness: Index = 2
+    """Largest distance in versions between a token's policy and the learner's, queue included;
+    0 is synchronous RL."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    """Of AdamW, constant after warm-up."""
+
+    lr_warmup_steps: Index = 0
+    """Optimiser steps of linear warm-up."""
+
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's first moment."""
+
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """AdamW's second moment."""
+
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay."""
+
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this global norm."""
+
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    """DeepSpeed ZeRO: 1 shards optimiser state, 2 gradients too, 3 parameters too."""
+
+    micro_batch_tokens: Count = 16384
+    """Padded tokens of one forward and backward pass per rank."""
+
+    logit_chunk_tokens: Count = 1024
+    """Tokens whose logits are held at a time."""
+
+    threads: Count = 1
+    """CPU threads of one rank."""
+
+
+class WeightsConfig(Section):
+    """How a policy version reaches the replicas."""
+
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """`auto`: nccl where the learner has a GPU, else gloo."""
+
+    bucket_mib: Count = 64
+    """Parameters travel packed in buckets of this size."""
+
+    timeout_seconds: Seconds = 60.0
+    """Bounds each phase of a publication; a silent replica is dropped after it."""
+
+    canary_tolerance: Annotated[float, Field(gt=0)] = 1e-3
+    """Largest difference of a canary log-prob between learner and replica, in nats (float32).
+    With bfloat16 allow 0.2."""
+
+
+class EvaluationConfig(Section):
+    """Held-out problems, through the same streams."""
+
+    every_steps: Index = 10
+    """0 turns evaluation off."""
+
+    num_problems: Count = 100
+    """First problems of the task's evaluation split."""
+
+    group_size: Count = 4
+    """Completions per problem."""
+
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of evaluation samples."""
+
+
+class CheckpointConfig(Section):
+    """What survives a crash."""
+
+    every_steps: Count = 20
+    """Steps between checkpoints; work since the last one is redone after a crash."""
+
+    keep: Count = 2
+    """Newest checkpoints that are kept."""

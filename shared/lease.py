@@ -1,0 +1,151 @@
+"""Who is there: leases in Redis, and the policy version that the learner announced.
+
+A service holds a lease under `(role, name)` and refreshes it; one that stops is gone when the lease
+runs out. A restarted service takes its name over at once, and the process that held it before, if
+it still lives, finds out at its next refresh and must stop: a name is one consumer on the streams.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from google.protobuf.message import DecodeError
+from redis.exceptions import RedisError
+
+from protos import lease_pb2 as pb
+from shared.errors import StreamError
+
+logger = logging.getLogger(__name__)
+
+Role = Literal["learner", "rollout", "verifier"]
+
+_REFRESH = """
+local held = redis.call('GET', KEYS[1])
+if held and held ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+redis.call('SADD', KEYS[2], KEYS[1])
+return 1
+"""
+
+_RELEASE = """
+if redis.call('GET', KEYS[1]) == ARGV[1] then
+  redis.call('DEL', KEYS[1])
+  redis.call('SREM', KEYS[2], KEYS[1])
+end
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A service that holds a lease; addresses are `host:port`, `token` is new at every start."""
+
+    role: Role
+    name: str
+    address: str
+    metrics_address: str
+    token: str
+
+
+class Registry:
+    """The leases of one run."""
+
+    def __init__(self, client: Any, *, prefix: str) -> None:
+        self._client = client
+        self._prefix = prefix
+        self._index = prefix + "leases"
+        self._refresh = client.register_script(_REFRESH)
+        self._release = client.register_script(_RELEASE)
+
+    async def members(self, role: Role | None = None) -> list[Member]:
+        """Everyone whose lease has not run out, sorted by role and name."""
+        try:
+            keys = sorted(await self._client.smembers(self._index))
+            values = await self._client.mget(keys) if keys else []
+        except (RedisError, OSError) as error:
+            raise StreamError(f"{self._index}: {error}") from error
+        found = [_decode(value) for value in values if value is not None]
+        return sorted(
+            (member for member in found if role in (None, member.role)),
+            key=lambda member: (member.role, member.name),
+        )
+
+    @asynccontextmanager
+    async def hold(
+        self, role: Role, name: str, *, address: str, metrics_address: str, seconds: float
+    ) -> AsyncIterator[asyncio.Task[None]]:
+        """Hold a lease; the task given ends, with an error, only if another took the name.
+
+        Consumes nothing, waits for a third of the lease between refreshes, survives a Redis that is
+        away for a while, stops when the context does.
+        """
+        member = Member(role, name, address, metrics_address, secrets.token_hex(8))
+        key, value = self._key(member), _encode(member)
+        await self._client.set(key, value, px=int(seconds * 1000))
+        await self._client.sadd(self._index, key)
+        task = asyncio.create_task(self._keep(member, seconds), name=f"lease {name}")
+        try:
+            yield task
+        finally:
+            task.cancel()
+            try:
+                await self._release(keys=[key, self._index], args=[value])
+            except (RedisError, OSError):
+                logger.warning("lease of %s not released: Redis is away; it will run out", name)
+
+    async def announce_version(self, policy_version: int) -> None:
+        """Tell everyone which version is published."""
+        await self._client.set(self._prefix + "policy_version", policy_version)
+
+    async def announced_version(self) -> int | None:
+        """The last announced version, or None before the first."""
+        value = await self._client.get(self._prefix + "policy_version")
+        return None if value is None else int(value)
+
+    async def _keep(self, member: Member, seconds: float) -> None:
+        value = _encode(member)
+        while True:
+            await asyncio.sleep(seconds / 3)
+            try:
+                kept = await self._refresh(
+                    keys=[self._key(member), self._index], args=[value, int(seconds * 1000)]
+                )
+            except (RedisError, OSError) as error:
+                logger.warning("lease of %s not refreshed: %s", member.name, error)
+                continue
+            if not kept:
+                raise StreamError(
+                    f"another process holds the name {member.name!r}; names must be unique in a run"
+                )
+
+    def _key(self, member: Member) -> str:
+        return f"{self._prefix}lease:{member.role}:{member.name}"
+
+
+def _encode(member: Member) -> bytes:
+    return pb.Lease(
+        role=member.role,
+        name=member.name,
+        address=member.address,
+        metrics_address=member.metrics_address,
+        token=member.token,
+    ).SerializeToString(deterministic=True)
+
+
+def _decode(value: bytes) -> Member:
+    try:
+        lease = pb.Lease.FromString(value)
+    except DecodeError as error:
+        raise StreamError(f"a lease that is not one: {error}") from None
+    return Member(
+        lease.role,  # type: ignore[arg-type]
+        lease.name,
+        lease.address,
+        lease.metrics_address,
+        lease.token,
+    )

@@ -1,0 +1,96 @@
+"""The in-memory twin of `shared.stream.RedisStream`, for tests; it passes the same contract."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from shared.stream import Depth, Entry, Stream
+
+
+@dataclass(slots=True)
+class _Message:
+    payload: bytes
+    consumer: str | None = None
+    deliveries: int = 0
+    delivered_at: float = 0.0
+
+
+class MemoryStream:
+    """`Stream` within one process and event loop."""
+
+    def __init__(self, *, name: str, capacity: int) -> None:
+        self.name = name
+        self.capacity = capacity
+        self._messages: dict[str, _Message] = {}
+        self._next = 0
+        self._arrived = asyncio.Event()
+
+    async def put(self, payload: bytes) -> bool:
+        if len(self._messages) >= self.capacity:
+            return False
+        self._next += 1
+        self._messages[str(self._next)] = _Message(payload)
+        self._arrived.set()
+        return True
+
+    async def claim(self, consumer: str, *, count: int, wait_seconds: float) -> list[Entry]:
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            fresh = [id for id, message in self._messages.items() if message.consumer is None]
+            remaining = deadline - time.monotonic()
+            if fresh or remaining <= 0:
+                return self._deliver(consumer, fresh[:count])
+            self._arrived.clear()
+            try:
+                await asyncio.wait_for(self._arrived.wait(), remaining)
+            except TimeoutError:
+                return []
+
+    async def pending(self, consumer: str) -> list[Entry]:
+        mine = [id for id, message in self._messages.items() if message.consumer == consumer]
+        return self._deliver(consumer, mine)
+
+    async def peek(self) -> list[bytes]:
+        return [message.payload for message in self._messages.values()]
+
+    async def acknowledge(self, ids: Sequence[str]) -> None:
+        for id in ids:
+            self._messages.pop(id, None)
+
+    async def finish(self, entry: Entry, *, output: Stream, payload: bytes) -> bool:
+        if entry.id not in self._messages:
+            return True
+        if not await output.put(payload):
+            return False
+        del self._messages[entry.id]
+        return True
+
+    async def reclaim(
+        self, consumer: str, *, idle_seconds: float, alive: Collection[str], count: int
+    ) -> list[Entry]:
+        before = time.monotonic() - idle_seconds
+        orphans = [
+            id
+            for id, message in self._messages.items()
+            if message.consumer is not None
+            and message.consumer not in alive
+            and message.delivered_at <= before
+        ]
+        return self._deliver(consumer, orphans[:count])
+
+    async def depth(self) -> Depth:
+        pending = sum(message.consumer is not None for message in self._messages.values())
+        return Depth(waiting=len(self._messages) - pending, pending=pending)
+
+    def _deliver(self, consumer: str, ids: Sequence[str]) -> list[Entry]:
+        delivered = []
+        for id in ids:
+            message = self._messages[id]
+            message.consumer = consumer
+            message.deliveries += 1
+            message.delivered_at = time.monotonic()
+            delivered.append(Entry(id, message.payload, message.deliveries))
+        return delivered

@@ -1,0 +1,246 @@
+"""Every Prometheus series of the project, declared once: name, help, labels, buckets.
+
+Names are `isentrope_<service>_<what>_<unit>`; base units; counters end in `_total`. Each process
+fills those of its own service; a gauge appears only once it was measured. Label values that an
+alert needs to see at zero are initialised here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from prometheus_client import (
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    start_http_server,
+)
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from shared.errors import StartError
+
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+RPC_HANDLED = Counter("isentrope_grpc_server_handled_total", "Calls answered.", ["method", "code"])
+RPC_SECONDS = Histogram(
+    "isentrope_grpc_server_handling_seconds", "Time to answer a call.", ["method"]
+)
+
+QUEUE_LENGTH = Gauge(
+    "isentrope_queue_length_messages", "Messages in a stream, waiting and pending.", ["stream"]
+)
+QUEUE_CAPACITY = Gauge(
+    "isentrope_queue_capacity_messages", "Messages a stream may hold.", ["stream"]
+)
+QUEUE_LAG = Gauge(
+    "isentrope_queue_lag_messages", "Messages never delivered to a consumer.", ["stream"]
+)
+QUEUE_PENDING = Gauge(
+    "isentrope_queue_pending_messages", "Messages delivered and not acknowledged.", ["stream"]
+)
+BACKPRESSURE_SECONDS = Counter(
+    "isentrope_queue_backpressure_seconds_total", "Time a producer waited for room.", ["stream"]
+)
+REDELIVERED = Counter(
+    "isentrope_queue_redelivered_total", "Messages taken over from a dead consumer.", ["stream"]
+)
+DEAD_LETTERED = Counter("isentrope_queue_dead_lettered_total", "Messages given up on.", ["stream"])
+
+ROLLOUT_VERSION = Gauge(
+    "isentrope_rollout_policy_version", "Policy version this replica samples from."
+)
+ROLLOUT_TOKENS = Counter("isentrope_rollout_generated_tokens_total", "Completion tokens sampled.")
+ROLLOUT_SAMPLES = Counter(
+    "isentrope_rollout_samples_total", "Completions by how they ended.", ["outcome"]
+)
+ROLLOUT_MIXED = Counter(
+    "isentrope_rollout_mixed_version_samples_total",
+    "Completions whose tokens came from more than one policy version.",
+)
+ROLLOUT_IDLE = Counter(
+    "isentrope_rollout_idle_seconds_total", "Time without a group in flight.", ["cause"]
+)
+ROLLOUT_IN_FLIGHT = Gauge("isentrope_rollout_inflight_requests", "Completions being sampled now.")
+ROLLOUT_RESPONSE_TOKENS = Histogram(
+    "isentrope_rollout_response_tokens",
+    "Tokens of a completion.",
+    buckets=[4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768],
+)
+
+_SYNC_BUCKETS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300]
+WEIGHT_SYNC_SECONDS = Histogram(
+    "isentrope_weight_sync_seconds",
+    "Phases of bringing a version to the replicas.",
+    ["phase"],
+    buckets=_SYNC_BUCKETS,
+)
+WEIGHT_SYNC_OPERATIONS = Counter(
+    "isentrope_weight_sync_operations_total", "Refits of one replica by result.", ["result"]
+)
+WEIGHT_SYNC_BYTES = Counter(
+    "isentrope_weight_sync_bytes_total", "Parameter bytes sent to, or received by, a replica."
+)
+WEIGHT_SYNC_LAST_SUCCESS = Gauge(
+    "isentrope_weight_sync_last_success_timestamp_seconds", "When a refit last succeeded."
+)
+WEIGHT_SYNC_PAUSE = Counter(
+    "isentrope_weight_sync_pause_seconds_total", "Time requests stood still for a swap."
+)
+
+VERIFIER_SECONDS = Histogram(
+    "isentrope_verifier_duration_seconds", "Time to score one completion.", ["verifier"]
+)
+VERIFIER_RESULTS = Counter(
+    "isentrope_verifier_results_total", "Completions by outcome.", ["verifier", "result"]
+)
+
+LEARNER_VERSION = Gauge("isentrope_learner_policy_version", "Newest published policy version.")
+LEARNER_STEPS = Counter("isentrope_learner_steps_total", "Training batches finished.")
+LEARNER_TOKENS = Counter("isentrope_learner_tokens_trained_total", "Completion tokens trained on.")
+LEARNER_SAMPLES = Counter("isentrope_learner_samples_consumed_total", "Completions trained on.")
+LEARNER_PHASE = Counter(
+    "isentrope_learner_phase_seconds_total", "Where the learner's time goes.", ["phase"]
+)
+LEARNER_STEP_SECONDS = Histogram(
+    "isentrope_learner_step_seconds",
+    "Time of a step, waiting for data included.",
+    buckets=[0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024],
+)
+LEARNER_DEGENERATE = Counter(
+    "isentrope_learner_groups_degenerate_total", "Groups that teach nothing.", ["reason"]
+)
+LEARNER_INTERVENED = Counter(
+    "isentrope_learner_tokens_intervened_total",
+    "Tokens whose loss a mechanism changed.",
+    ["mechanism"],
+)
+LEARNER_NONFINITE = Counter(
+    "isentrope_learner_nonfinite_total", "Optimiser steps skipped for NaN or inf.", ["tensor"]
+)
+LEARNER_STALENESS = Histogram(
+    "isentrope_learner_sample_staleness_versions",
+    "Staleness of each trained completion.",
+    buckets=[0, 1, 2, 3, 4, 6, 8, 12, 16, 32],
+)
+LEARNER_AGE = Histogram(
+    "isentrope_learner_sample_age_seconds",
+    "Time from sampling to training of a group.",
+    buckets=_SYNC_BUCKETS,
+)
+LEARNER_DROPPED = Counter(
+    "isentrope_learner_samples_dropped_total", "Completions not trained on.", ["reason"]
+)
+LEARNER_REISSUED = Counter(
+    "isentrope_learner_groups_reissued_total", "Prompt groups issued again.", ["reason"]
+)
+
+LEARNER_CHECKPOINTS = Counter(
+    "isentrope_learner_checkpoints_total", "Checkpoints by result.", ["result"]
+)
+
+PHASES = ("wait_data", "forward_backward", "weight_publish", "checkpoint")
+SYNC_RESULTS = ("ok", "error", "timeout", "checksum", "canary")
+
+_LEARNER_GAUGES = {
+    "entropy": ("policy_entropy_nats", "Full-vocabulary entropy, token mean."),
+    "entropy_clamped": ("policy_entropy_clamped_nats", "Clamped entropy (AEnt), token mean."),
+    "entropy_coefficient": ("entropy_coefficient", "Weight of the entropy term."),
+    "covariance_mean": ("token_covariance_mean", "Mean covariance of log-prob and advantage."),
+    "reward_mean": ("reward_mean", "Mean reward of the batch."),
+    "reward_std": ("reward_stddev", "Standard deviation of the batch's rewards."),
+    "loss": ("loss", "Loss of the last batch."),
+    "grad_norm": ("grad_norm", "Gradient norm before clipping."),
+    "mismatch_kl": (
+        "kl_behaviour_nats",
+        "KL of the learner's recomputed log-probs against the engine's reported ones.",
+    ),
+    "learning_rate": ("learning_rate", "Of the optimiser."),
+    "eval_score": ("eval_score", "Mean reward on held-out problems."),
+    "law_a": ("entropy_law_a", "a of R = -a exp(H) + b."),
+    "law_b": ("entropy_law_b", "b of R = -a exp(H) + b."),
+    "law_r2": ("entropy_law_r_squared", "Share of the score's variance the law explains."),
+    "law_points": ("entropy_law_fit_points", "Evaluations the law is fitted on."),
+    "law_ceiling": ("predicted_reward_ceiling", "Score the law predicts at zero entropy."),
+}
+
+_LEARNER_PERCENTILES = {
+    "policy_entropy_percentile_nats": (
+        "Percentiles of token entropy.",
+        {"10": "entropy_p10", "50": "entropy_p50", "80": "entropy_p80", "90": "entropy_p90",
+         "99": "entropy_p99"},
+    ),
+    "token_covariance": (
+        "Percentiles of the covariance of log-prob and advantage.",
+        {"50": "covariance_p50", "90": "covariance_p90", "99": "covariance_p99",
+         "99.8": "covariance_p99_8", "100": "covariance_p100"},
+    ),
+    "importance_ratio": (
+        "Mean and largest ratio of target to proximal probability.",
+        {"mean": "ratio_mean", "max": "ratio_max"},
+    ),
+}  # fmt: skip
+
+
+class LearnerGauges(Collector):
+    """The newest value of each quantity of `metrics.jsonl` that has a series of its own.
+
+    One source for both: what `/metrics` shows is what the last line of the file says, and a
+    quantity that was never measured has no series.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[str, float] = {}
+
+    def update(self, values: Mapping[str, float]) -> None:
+        """Take over the values of a new line."""
+        self._values = {**self._values, **values}
+
+    def collect(self) -> Iterable[Metric]:
+        """Called at every scrape."""
+        values = self._values
+        for key, (name, text) in _LEARNER_GAUGES.items():
+            if key in values:
+                yield GaugeMetricFamily(f"isentrope_learner_{name}", text, value=values[key])
+        yield from self._percentiles(values)
+
+    def _percentiles(self, values: Mapping[str, float]) -> Iterable[Metric]:
+        for name, (text, keys) in _LEARNER_PERCENTILES.items():
+            family = GaugeMetricFamily(f"isentrope_learner_{name}", text, labels=["percentile"])
+            for percentile, key in keys.items():
+                if key in values:
+                    family.add_metric([percentile], values[key])
+            if family.samples:
+                yield family
+
+
+def learner_gauges(registry: CollectorRegistry = REGISTRY) -> LearnerGauges:
+    """The learner's gauges, registered; and its counters at zero."""
+    for phase in PHASES:
+        LEARNER_PHASE.labels(phase=phase)
+    for result in SYNC_RESULTS:
+        WEIGHT_SYNC_OPERATIONS.labels(result=result)
+    for result in ("ok", "error"):
+        LEARNER_CHECKPOINTS.labels(result=result)
+    gauges = LearnerGauges()
+    registry.register(gauges)
+    return gauges
+
+
+def serve_metrics(*, host: str, port: int) -> int:
+    """Serve `/metrics`; the port it really listens on.
+
+    Raises:
+        StartError: the port is taken.
+    """
+    try:
+        server, _ = start_http_server(port, addr=host)
+    except OSError:
+        raise StartError(
+            f"network.metrics_port = {port}: taken on {host}; free it, or use 0 for any free port"
+        ) from None
+    return int(server.server_port)
