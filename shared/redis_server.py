@@ -155,7 +155,7 @@ def _private_folder() -> Path:
     if len(os.fsencode(folder / "redis.sock")) <= _MAX_SOCKET_PATH:
         return folder
     folder.rmdir()
-    return Path(tempfile.mkdtemp(prefix="isentrope-", dir="/tmp"))  # noqa: S108  mode 700, new name
+    return Path(tempfile.mkdtemp(prefix="isentrope-", dir="/tmp"))
 
 
 def _wait_for_answer(

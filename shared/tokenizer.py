@@ -14,6 +14,8 @@ from typing import Any
 
 from shared.errors import ConfigError, StartError
 
+PADDING = "<pad>"
+
 
 class Tokenizer:
     """A model's tokenizer.
@@ -29,6 +31,7 @@ class Tokenizer:
     def __init__(self, path: str, *, use_chat_template: bool = False) -> None:
         self._tokenizer = _load(path)
         self._use_chat_template = use_chat_template
+        self._is_by_character = len(self._tokenizer.eos_token or "") == 1
         if use_chat_template and not self._tokenizer.chat_template:
             raise ConfigError(
                 f"model.use_chat_template = true: the tokenizer of {path!r} has no chat template;"
@@ -38,9 +41,18 @@ class Tokenizer:
         """Ids that end a completion: the tokenizer's and the generation config's, sorted."""
 
     def encode_prompt(self, text: str) -> array[int]:
-        """`array("I")` of the ids a completion of this prompt continues."""
+        """`array("I")` of the ids a completion of this prompt continues.
+
+        Raises:
+            ValueError: a character that a one-token-a-character tokenizer does not know.
+        """
         if not self._use_chat_template:
-            return array("I", self._tokenizer.encode(text))
+            ids = array("I", self._tokenizer.encode(text))
+            if self._is_by_character and len(ids) != len(text):
+                raise ValueError(
+                    f"prompt {text!r}: has characters that the model's tokenizer does not know"
+                )
+            return ids
         message = [{"role": "user", "content": text}]
         return array(
             "I",
@@ -58,30 +70,43 @@ class Tokenizer:
         """
         text: str = self._tokenizer.decode(
             list(token_ids),
-            skip_special_tokens=len(self._tokenizer.eos_token or "") != 1,
+            skip_special_tokens=not self._is_by_character,
             clean_up_tokenization_spaces=False,
         )
         return text
 
 
+def character_ids(alphabet: str, *, end: str) -> dict[str, int]:
+    """The token id of each character of a `save_characters` tokenizer; `end` comes last."""
+    return {character: index for index, character in enumerate([*alphabet, end])}
+
+
 def save_characters(alphabet: str, *, end: str, folder: Path) -> None:
-    """Write a tokenizer with one token a character into `folder`.
+    """Write a tokenizer with one token a character into `folder`, for a Qwen2 model.
 
-    Ids follow `alphabet`, then come `end`, the end of sequence, and padding. Any other character
-    in a prompt is an error when it is encoded.
+    Padding has the id after those of `character_ids`. It is Qwen2's own tokenizer without merges:
+    AutoTokenizer goes by the model's type, whatever class was saved, so that any other kind would
+    be rebuilt into one that splits text differently.
+
+    Raises:
+        ValueError: a character is not ASCII, which is more than one token.
     """
-    from tokenizers import Regex, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Backend
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
 
-    ids = {character: index for index, character in enumerate([*alphabet, end])}
-    backend = Backend(models.WordLevel(ids))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    backend.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+    if not (alphabet + end).isascii():
+        raise ValueError(f"alphabet {alphabet + end!r}: must be ASCII")
+    spelling = ByteLevel(add_prefix_space=False, use_regex=False)
+    vocabulary = {
+        spelling.pre_tokenize_str(character)[0][0]: index
+        for character, index in character_ids(alphabet, end=end).items()
+    }
+    Qwen2Tokenizer(
+        vocab=vocabulary,
+        merges=[],
+        unk_token=PADDING,
         eos_token=end,
-        pad_token="<pad>",
+        pad_token=PADDING,
         clean_up_tokenization_spaces=False,
     ).save_pretrained(folder)
 
@@ -89,8 +114,7 @@ def save_characters(alphabet: str, *, end: str, folder: Path) -> None:
 def _load(path: str) -> Any:
     from transformers import AutoTokenizer
 
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if looks_local and not Path(path).is_dir():
+    if not Path(path).is_dir() and not _may_be_hub_name(path):
         raise StartError(
             f"model.path = {path!r}: no such model folder; give a folder in Hugging Face form, or"
             " remove it to train a small model with [warmup]"
@@ -103,6 +127,12 @@ def _load(path: str) -> Any:
             f"model.path = {path!r}: no tokenizer could be loaded ({reason}); give a model folder"
             " in Hugging Face form, or the name of a model on the hub"
         ) from None
+
+
+def _may_be_hub_name(path: str) -> bool:
+    """True for `owner/name`, unless the owner is a folder here."""
+    owner, _, name = path.partition("/")
+    return bool(name) and "/" not in name and owner not in ("", ".", "..") and not Path(owner).is_dir()
 
 
 def _stop_token_ids(path: str, eos_token_id: int | None) -> tuple[int, ...]:

@@ -1,0 +1,1 @@
+"""The person's side: up, status, report, check, export."""

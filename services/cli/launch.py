@@ -74,7 +74,10 @@ def plan_services(run: RunIdentity) -> list[Launch]:
 def plan_warmup(config: RunConfig, run_file: Path) -> Launch:
     """The process that trains the small model a run without one starts from."""
     command = _python("services.learner.warmup", "--config", str(run_file))
-    environment = {"OMP_NUM_THREADS": str(min(os.cpu_count() or 1, _WARMUP_THREADS)), "PYTHONUNBUFFERED": "1"}
+    environment = {
+        "OMP_NUM_THREADS": str(min(os.cpu_count() or 1, _WARMUP_THREADS)),
+        "PYTHONUNBUFFERED": "1",
+    }
     return Launch(
         "warm-up", LEARNER, (*command, "--folder", config.model_path), environment, has_lease=False
     )

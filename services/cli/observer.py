@@ -12,9 +12,8 @@ import grpc
 import redis.asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from protos import learner_pb2, learner_pb2_grpc, rollout_pb2, rollout_pb2_grpc
+from protos import learner_pb2, learner_pb2_grpc, rollout_pb2, rollout_pb2_grpc, verifier_pb2_grpc
 from protos import verifier_pb2 as verifier_pb
-from protos import verifier_pb2_grpc
 from services.cli.measurements import Row, RowReader
 from shared.errors import PeerError, StreamError
 from shared.lease import Member, Registry
@@ -71,9 +70,7 @@ class View:
 
     def answering(self) -> set[tuple[str, str]]:
         """Role and name of each service that holds a lease and answers."""
-        return {
-            (each.member.role, each.member.name) for each in self.services if each.answers
-        }
+        return {(each.member.role, each.member.name) for each in self.services if each.answers}
 
 
 class Observer:

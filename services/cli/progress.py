@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from services.cli.measurements import Row, latest, number, values
@@ -41,12 +42,18 @@ class PlainProgress:
     """One ASCII line for each step, and now and then one in between; no control characters."""
 
     def __init__(
-        self, output: TextIO, *, num_steps: int, clock: Callable[[], float] = time.monotonic
+        self,
+        output: TextIO,
+        *,
+        num_steps: int,
+        last_step: float = -1.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Lines to `output`, for steps after `last_step`."""
         self._output = output
         self._num_steps = num_steps
         self._clock = clock
-        self._last_step: float | None = None
+        self._last_step = last_step
         self._last_activity = ""
         self._said_at = clock() - _QUIET_SECONDS
 
@@ -63,8 +70,8 @@ class PlainProgress:
             self.say(text)
 
     def show(self, view: View) -> None:
-        if self._last_step is None:
-            self._last_step = self._resumed_at(view)
+        # A resumed learner takes rows back that came after its checkpoint, and writes them anew.
+        self._last_step = min(self._last_step, latest(view.rows, "step") or -1.0)
         for place, row in enumerate(view.rows):
             step = number(row, "step")
             if step is not None and step > self._last_step:
@@ -75,12 +82,6 @@ class PlainProgress:
 
     def close(self) -> None:
         pass
-
-    def _resumed_at(self, view: View) -> float:
-        """Rows of before this launcher's start are old news."""
-        if view.learner is None:
-            return max(values(view.rows, "step"), default=-1.0)
-        return -1.0 if len(view.rows) <= 1 else (number(view.rows[-1], "step") or 0.0) - 1
 
 
 class LiveProgress:
@@ -184,10 +185,7 @@ def sparkline(numbers: Sequence[float]) -> str:
         return ""
     width = min(_SPARK_WIDTH, len(numbers))
     edges = [round(place * len(numbers) / width) for place in range(width + 1)]
-    means = [
-        sum(numbers[start:end]) / (end - start)
-        for start, end in zip(edges, edges[1:], strict=False)
-    ]
+    means = [sum(numbers[start:end]) / (end - start) for start, end in pairwise(edges)]
     low, span = min(means), max(means) - min(means)
     if span == 0:
         return _SPARKS[0] * width

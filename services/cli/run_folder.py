@@ -1,8 +1,8 @@
 """The folder of a run: its files, its lock, which one is the newest.
 
-    <run.directory>/<run id>/
-      run.toml  logs/<service>.log  redis/  redis-url  metrics.jsonl  checkpoints/  model/
-      plots/  report.html
+<run.directory>/<run id>/
+  run.toml  logs/<service>.log  redis/  redis-url  metrics.jsonl  checkpoints/  model/
+  plots/  report.html
 """
 
 from __future__ import annotations

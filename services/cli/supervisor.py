@@ -19,9 +19,12 @@ from types import TracebackType
 
 from services.cli import guardian
 from services.cli.launch import Launch
-from shared.errors import StartError
+from shared.errors import IsentropeError, StartError
 
 _TAIL_BYTES = 64 * 1024
+_TAIL_LINES = 15
+_CONFIG_STATUS = 2
+_ERROR = "error: "
 
 
 @dataclass(slots=True, eq=False)
@@ -174,3 +177,28 @@ def status_in_words(status: int) -> str:
         name = f"signal {-status}"
     hint = " (by hand, or by the kernel because memory ran out)" if name == "SIGKILL" else ""
     return f"was killed by {name}{hint}"
+
+
+class ServiceDiedError(IsentropeError):
+    """A process that the run cannot do without ended.
+
+    Attributes:
+        last_lines: of its log; none if it refused its configuration and said so in one line.
+    """
+
+    def __init__(self, child: Child) -> None:
+        """The error of `child`, which has ended."""
+        assert child.status is not None
+        refusal = _refusal_of(child)
+        self.exit_code = 1 if refusal is None else _CONFIG_STATUS
+        self.last_lines = child.last_lines(_TAIL_LINES) if refusal is None else []
+        words = f"{child.name} {status_in_words(child.status)}; its log: {child.log}"
+        super().__init__(refusal or words)
+
+
+def _refusal_of(child: Child) -> str | None:
+    """What a service with status 2 said is wrong with its configuration."""
+    if child.status != _CONFIG_STATUS:
+        return None
+    said = [line for line in child.last_lines(_TAIL_LINES) if line.startswith(_ERROR)]
+    return said[-1].removeprefix(_ERROR) if said else None

@@ -8,6 +8,8 @@ DeepSpeed is imported where it is used: `DS_ACCELERATOR` must be decided before.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -110,21 +112,26 @@ class LearnerEngine:
             groups: in an order that a resumed run repeats.
             step: number of the step, part of the seed of the token selection.
             policy_version: of the current weights, from which staleness is counted.
+        Raises:
+            EngineError: another rank is gone, or the device failed.
         """
-        self._ranks.send(Command(Opcode.TRAIN, step, policy_version, _frame(groups)))
-        return self._trainer.train(groups, step=step, policy_version=policy_version)
+        with self._failures():
+            self._ranks.send(Command(Opcode.TRAIN, step, policy_version, _frame(groups)))
+            return self._trainer.train(groups, step=step, policy_version=policy_version)
 
     def score_tokens(self, token_ids: Sequence[int]) -> list[float]:
         """Log-prob, at temperature 1, of each token but the first under the current weights.
 
         Raises:
             ValueError: fewer than two tokens.
+            EngineError: as `train`.
         """
         if len(token_ids) < 2:
             raise ValueError(f"{len(token_ids)} tokens: the first is given, one more is needed")
         payload = pack_token_ids(array("I", token_ids))
-        self._ranks.send(Command(Opcode.SCORE, payload=payload))
-        return self._score(payload)
+        with self._failures():
+            self._ranks.send(Command(Opcode.SCORE, payload=payload))
+            return self._score(payload)
 
     def manifest(self) -> Manifest:
         """(name, dtype, shape) of every weight, as a Hugging Face checkpoint has them."""
@@ -144,14 +151,17 @@ class LearnerEngine:
             yield from ((name, weight.detach()) for name, weight in named)
             return
         for bucket in self._buckets(named):
-            self._ranks.send(Command(Opcode.GATHER, bucket.start, bucket.stop))
-            yield from zip((named[i][0] for i in bucket), self._gather(bucket), strict=True)
+            with self._failures():
+                self._ranks.send(Command(Opcode.GATHER, bucket.start, bucket.stop))
+                gathered = self._gather(bucket)
+            yield from zip((named[i][0] for i in bucket), gathered, strict=True)
 
     def save(self, folder: Path) -> None:
         """Write everything that `load` needs to go on as if nothing had happened."""
         folder.mkdir(parents=True, exist_ok=True)
-        self._ranks.send(Command(Opcode.SAVE, payload=str(folder).encode()))
-        self._save(folder)
+        with self._failures():
+            self._ranks.send(Command(Opcode.SAVE, payload=str(folder).encode()))
+            self._save(folder)
         sizes = {
             str(path.relative_to(folder)): path.stat().st_size
             for path in sorted((folder / CHECKPOINT_TAG).rglob("*"))
@@ -186,27 +196,37 @@ class LearnerEngine:
             EngineError: rank 0 is gone, or a command failed here.
         """
         assert self.rank > 0, "rank 0 gives the commands"
-        train = self._trainer.train
-        handlers: dict[Opcode, Callable[[int, int, bytes], object]] = {
-            Opcode.TRAIN: lambda a, b, it: train(_unframe(it), step=a, policy_version=b),
-            Opcode.SCORE: lambda a, b, it: self._score(it),
-            Opcode.GATHER: lambda a, b, it: self._gather(range(a, b)),
-            Opcode.SAVE: lambda a, b, it: self._save(Path(it.decode())),
-            Opcode.LOAD: lambda a, b, it: self._load(Path(it.decode())),
+        handlers: dict[Opcode, Callable[[Command], object]] = {
+            Opcode.TRAIN: lambda command: self._trainer.train(
+                _unframe(command.payload), step=command.first, policy_version=command.second
+            ),
+            Opcode.SCORE: lambda command: self._score(command.payload),
+            Opcode.GATHER: lambda command: self._gather(range(command.first, command.second)),
+            Opcode.SAVE: lambda command: self._save(Path(command.payload.decode())),
+            Opcode.LOAD: lambda command: self._load(Path(command.payload.decode())),
         }
-        try:
+        with self._failures():
             while (command := self._ranks.receive()).opcode is not Opcode.CLOSE:
-                handlers[command.opcode](command.first, command.second, command.payload)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise EngineError(f"rank {self.rank} cannot go on: {reason}") from error
+                handlers[command.opcode](command)
         self._leave()
 
     def close(self) -> None:
         """Release the other ranks and leave the process group; twice is once."""
-        if self._is_open:
+        if not self._is_open:
+            return
+        # A rank that is gone needs no release.
+        with contextlib.suppress(RuntimeError):
             self._ranks.send(Command(Opcode.CLOSE))
-            self._leave()
+        self._leave()
+
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Give what torch and DeepSpeed raise its place in our tree."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise EngineError(f"rank {self.rank} cannot go on: {reason}") from error
 
     def _score(self, payload: bytes) -> list[float]:
         device = self._ranks.device
@@ -269,7 +289,8 @@ class LearnerEngine:
     def _load(self, folder: Path) -> None:
         controller = self._trainer.controller
         try:
-            path, client_state = self._engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
+            with _silence():
+                path, client_state = self._engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
             if path is None:
                 raise ValueError("DeepSpeed found no state in it")
             torch.set_rng_state(client_state["rng"])
@@ -358,15 +379,21 @@ def _initialise(policy: Policy, config: RunConfig, device: torch.device, local_r
     def warm_up(step: int) -> float:
         return min(1.0, (step + 1) / max(1, learner.lr_warmup_steps))
 
-    engine, *_ = deepspeed.initialize(
-        model=policy,
-        optimizer=optimizer,
-        lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, warm_up),
-        config=_deepspeed_config(config),
-    )
+    with _silence():
+        engine, *_ = deepspeed.initialize(
+            model=policy,
+            optimizer=optimizer,
+            lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, warm_up),
+            config=_deepspeed_config(config),
+        )
     if learner.zero_stage == 3:
         deepspeed.zero.register_external_parameter(policy.head, policy.head_weight)
     return engine
+
+
+def _silence() -> contextlib.AbstractContextManager[object]:
+    """Drop DeepSpeed's bare prints; its logger keeps the stream that it was made with."""
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 def _deepspeed_config(config: RunConfig) -> dict[str, Any]:

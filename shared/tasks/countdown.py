@@ -53,8 +53,8 @@ class Countdown:
     end = "$"
 
     def __init__(self, numbers: int = 3) -> None:
-        if not MIN_NUMBERS <= numbers <= MAX_NUMBERS:
-            raise ValueError(f"numbers = {numbers}: must be {MIN_NUMBERS} to {MAX_NUMBERS}")
+        if numbers not in range(MIN_NUMBERS, MAX_NUMBERS + 1):
+            raise ValueError(f"numbers = {numbers!r}: must be {MIN_NUMBERS} to {MAX_NUMBERS}")
         self._num_numbers = numbers
 
     def problems(self, split: Split) -> Sequence[Problem]:

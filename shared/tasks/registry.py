@@ -30,7 +30,7 @@ def load_task(name: str, params: Mapping[str, str | int | float | bool]) -> Task
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"task.params = {dict(params)!r}: {_first_line(error)}; {name} takes"
-            f" {inspect.signature(factory)}"
+            f" {inspect.signature(factory, eval_str=True)}"
         ) from None
 
 

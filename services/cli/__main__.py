@@ -1,0 +1,110 @@
+"""`isentrope`: the command line."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from services.cli.launch import Plan
+from shared.errors import IsentropeError
+
+_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None, *, plan: Plan | None = None) -> int:
+    """Do what the arguments say; the exit status: 0, 2 for bad input, 130 interrupted, else 1.
+
+    Args:
+        plan: what `up` starts instead of the services, for tests of the launcher itself.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that cannot show a character must not end a run of hours.
+            stream.reconfigure(errors="replace")
+    given = _parser().parse_args(arguments, argparse.Namespace(plan=plan))
+    command: Callable[[argparse.Namespace], int] = given.command
+    try:
+        return command(given)
+    except IsentropeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="isentrope",
+        description="Asynchronous RL of reasoning language models that keeps their entropy.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    up = commands.add_parser("up", help="run all services of a run on this machine")
+    up.add_argument("file", type=Path, help="the run file (TOML)")
+    up.add_argument("--run-id", help="default: the run's name and the time")
+    up.add_argument("--resume", action="store_true", help="go on with the newest run of this name")
+    up.add_argument("--plain", action="store_true", help="plain lines, also in a terminal")
+    up.set_defaults(command=_up)
+    for name, command, text in (
+        ("report", _report, "draw the figures of a run, finished or not"),
+        ("status", _status, "what a running run does now"),
+    ):
+        one = commands.add_parser(name, help=text)
+        one.add_argument("folder", type=Path, help="the run's folder")
+        one.set_defaults(command=command)
+    check = commands.add_parser("check", help="say whether a run file is right, and what it means")
+    check.add_argument("file", type=Path, help="the run file (TOML)")
+    check.set_defaults(command=_check)
+    export = commands.add_parser("export", help="copy the trained model of a run")
+    export.add_argument("folder", type=Path, help="the run's folder")
+    export.add_argument("destination", type=Path, help="a folder that does not exist yet")
+    export.set_defaults(command=_export)
+    return parser
+
+
+def _up(given: argparse.Namespace) -> int:
+    from services.cli.launch import plan_services
+    from services.cli.up import Order, up
+
+    return up(
+        Order(given.file, run_id=given.run_id, is_resumed=given.resume, is_plain=given.plain),
+        plan=given.plan or plan_services,
+    )
+
+
+def _report(given: argparse.Namespace) -> int:
+    from services.cli.report import make_report
+    from services.cli.run_folder import existing_run
+
+    print(make_report(existing_run(given.folder)))
+    return 0
+
+
+def _status(given: argparse.Namespace) -> int:
+    from services.cli.run_folder import existing_run
+    from services.cli.status import print_status
+
+    print_status(existing_run(given.folder))
+    return 0
+
+
+def _check(given: argparse.Namespace) -> int:
+    from services.cli.check import describe
+    from shared.config import load_run
+
+    print("\n".join(describe(load_run(given.file))))
+    return 0
+
+
+def _export(given: argparse.Namespace) -> int:
+    from services.cli.export import export_model
+    from services.cli.run_folder import existing_run
+
+    print(export_model(existing_run(given.folder), given.destination))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""The scoring process: loads one task, then scores one completion at a time.
+
+It speaks lines of JSON with the `sandbox` that started it, which are no interface of the project:
+
+    -> {"task": name, "params": {...}, "memory_mib": 2048}     once
+    <- {"fault": ""}                                           loaded, or why not
+    -> [completion, answer]                                    for each
+    <- {"outcome": "pass", "reward": 1.0, "detail": "solved"}
+
+Anything may happen to it in between; the sandbox tells from a closed pipe that it died.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Iterator
+from io import BufferedWriter
+from typing import Any
+
+from shared.errors import ConfigError
+from shared.tasks.registry import load_task
+from shared.tasks.task import Task
+
+OUT_OF_MEMORY_EXIT_CODE = 86
+MAX_DETAIL_CHARACTERS = 300
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Serve until standard input is closed."""
+    replies = _take_standard_output()
+    requests = _requests()
+    try:
+        _serve(next(requests), requests, replies)
+    except MemoryError:
+        # What is left of the heap after this is anybody's guess: start over.
+        os._exit(OUT_OF_MEMORY_EXIT_CODE)
+
+
+def _serve(setting: Any, requests: Iterator[Any], replies: BufferedWriter) -> None:
+    _die_with_parent()
+    _limit(memory_mib=setting["memory_mib"])
+    try:
+        task = load_task(setting["task"], setting["params"])
+    except ConfigError as error:
+        _reply(replies, {"fault": str(error)})
+        return
+    _reply(replies, {"fault": ""})
+    for completion, answer in requests:
+        _reply(replies, _score(task, completion, answer))
+
+
+def _score(task: Task, completion: str, answer: str) -> dict[str, str | float]:
+    """The task's verdict, or its error as an outcome of its own."""
+    try:
+        verdict = task.score(completion, answer=answer)
+        outcome = "pass" if verdict.is_pass else "fail"
+        return {
+            "outcome": outcome,
+            "reward": float(verdict.reward),
+            "detail": one_line(verdict.detail),
+        }
+    except MemoryError:
+        raise
+    except (Exception, SystemExit) as error:
+        detail = one_line(f"{type(error).__name__}: {error}")
+        return {"outcome": "error", "reward": 0.0, "detail": detail}
+
+
+def one_line(text: str) -> str:
+    """`text` as one line of bounded length."""
+    return " ".join(text[: 2 * MAX_DETAIL_CHARACTERS].split())[:MAX_DETAIL_CHARACTERS]
+
+
+def _requests() -> Iterator[Any]:
+    for line in sys.stdin.buffer:
+        yield json.loads(line)
+
+
+def _reply(replies: BufferedWriter, message: dict[str, Any]) -> None:
+    replies.write(json.dumps(message).encode() + b"\n")
+    replies.flush()
+
+
+def _take_standard_output() -> BufferedWriter:
+    """A writer only this module knows; what a scorer prints goes to standard error."""
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return replies
+
+
+def _die_with_parent() -> None:
+    """Have the kernel kill this process when the verifier dies, however it dies (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _limit(*, memory_mib: int) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (memory_mib * 2**20, memory_mib * 2**20))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -1,0 +1,619 @@
+"""The learner's engine on real DeepSpeed: every ZeRO stage, two ranks, resume, export.
+
+Run as a script this file is one rank: `test_learner_engine.py <job> <folder>`, with the ranks'
+environment set as torchrun does.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import subprocess
+import sys
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from services.learner.engine import LearnerEngine
+from services.learner.policy import Policy
+from shared.config import Environment, RunConfig
+from shared.errors import CheckpointError, ConfigError, StartError
+from shared.records import (
+    Completion,
+    GroupUid,
+    Outcome,
+    PromptGroup,
+    Purpose,
+    RolloutGroup,
+    Score,
+    ScoredGroup,
+    VersionRun,
+)
+
+pytestmark = pytest.mark.integration
+
+REPOSITORY = Path(__file__).parents[2]
+STAGES = (0, 1, 2, 3)
+VOCABULARY = 20
+ALONE = Environment.read({})
+Weights = dict[str, Tensor]
+
+
+def save_model(folder: Path, *, vocabulary: int = VOCABULARY, tied: bool = True) -> None:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text("{}")
+
+
+def run_config(**sections: dict[str, Any]) -> RunConfig:
+    learner = {
+        "groups_per_batch": 4,
+        "optimizer_steps_per_batch": 2,
+        "learning_rate": 3e-4,
+        "micro_batch_tokens": 200,
+        **sections.pop("learner", {}),
+    }
+    whole = {"run": {"name": "t", "num_steps": 9}, "model": {"path": "x"}, "learner": learner}
+    return RunConfig.model_validate({**whole, **sections})
+
+
+def scored_groups(
+    seed: int, *, num_groups: int = 4, behaviour: float | None = None
+) -> list[ScoredGroup]:
+    """Random prompts and completions; about half of them pass, the first was never judged."""
+    draw = random.Random(seed)
+    groups = []
+    for index in range(num_groups):
+        completions, scores = [], []
+        for _ in range(6):
+            length = draw.randint(3, 14)
+            token_ids = array("I", [draw.randrange(VOCABULARY) for _ in range(length)])
+            logprobs = [behaviour or -draw.random() * 4 for _ in range(length)]
+            runs = (VersionRun(0, length),)
+            completions.append(Completion(token_ids, array("f", logprobs), runs, False))
+            passed = draw.random() < 0.5
+            scores.append(Score(Outcome.PASS if passed else Outcome.FAIL, float(passed), ""))
+        if index == 0:
+            scores[0] = Score(Outcome.ERROR, 0.0, "the scorer died")
+        uid = GroupUid("t", seed, index, 0)
+        prompt = array("I", [draw.randrange(VOCABULARY) for _ in range(draw.randint(2, 9))])
+        head = PromptGroup(uid, Purpose.TRAIN, "t", index, prompt, "", 6, 1.0, 32, 0, 0.0)
+        group = RolloutGroup(head, tuple(completions), "replica", 0.0)
+        groups.append(ScoredGroup(group, tuple(scores), "verifier", 0.0))
+    return groups
+
+
+def snapshot(engine: LearnerEngine) -> Weights:
+    return {name: weight.detach().clone() for name, weight in engine.weights()}
+
+
+def trained(config: RunConfig, model: Path, *, steps: range = range(2)) -> Weights:
+    engine = LearnerEngine.start(config, str(model), ALONE)
+    try:
+        for step in steps:
+            engine.train(scored_groups(step), step=step, policy_version=step)
+        return snapshot(engine)
+    finally:
+        engine.close()
+
+
+def distance(left: Weights, right: Weights) -> float:
+    assert left.keys() == right.keys()
+    return max(float((left[name] - right[name]).abs().max()) for name in left)
+
+
+def logprobs_of(folder: Path, token_ids: list[int]) -> list[float]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.tensor([token_ids])).logits[0, :-1]
+    chosen = logits.log_softmax(-1).gather(-1, torch.tensor(token_ids[1:]).unsqueeze(-1))
+    result: list[float] = chosen.squeeze(-1).tolist()
+    return result
+
+
+class RankProcesses:
+    """Starts this file as the ranks of a job; kills at the end what still runs."""
+
+    def __init__(self) -> None:
+        self._started: list[subprocess.Popen[str]] = []
+
+    def start(
+        self, job: str, folder: Path, model: Path, *, num_ranks: int
+    ) -> list[subprocess.Popen[str]]:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        place = {"WORLD_SIZE": str(num_ranks), "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, __file__, job, str(folder), str(model)]
+        ranks = [
+            subprocess.Popen(
+                command,
+                env={**os.environ, **place, "PYTHONPATH": str(REPOSITORY), "RANK": str(rank)},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(num_ranks)
+        ]
+        self._started += ranks
+        return ranks
+
+    def run(self, job: str, folder: Path, model: Path, *, num_ranks: int) -> None:
+        for process in self.start(job, folder, model, num_ranks=num_ranks):
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+
+    def close(self) -> None:
+        for process in self._started:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture
+def processes() -> Iterator[RankProcesses]:
+    started = RankProcesses()
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    save_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its embedding is above ZeRO-3's threshold of 100,000 elements, so it is really split."""
+    folder = tmp_path_factory.mktemp("wide")
+    save_model(folder, vocabulary=2000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(wide_model: Path) -> Weights:
+    return trained(run_config(), wide_model)
+
+
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_every_zero_stage_trains_the_same_weights(
+    stage: int, wide_model: Path, expected: Weights
+) -> None:
+    config = run_config(learner={"zero_stage": stage})
+    assert distance(trained(config, wide_model), expected) < 1e-5
+
+
+def test_an_untied_head_is_gathered_too(tmp_path: Path) -> None:
+    save_model(tmp_path, vocabulary=2000, tied=False)
+    whole = trained(run_config(), tmp_path)
+    assert "lm_head.weight" in whole
+    assert distance(trained(run_config(learner={"zero_stage": 3}), tmp_path), whole) < 1e-5
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("tokens", [30, 100_000])
+def test_the_size_of_micro_batches_does_not_change_the_step(
+    stage: int, tokens: int, wide_model: Path, expected: Weights
+) -> None:
+    config = run_config(learner={"zero_stage": stage, "micro_batch_tokens": tokens})
+    assert distance(trained(config, wide_model), expected) < 1e-5
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bfloat16_trains_at_every_zero_stage(stage: int, model: Path) -> None:
+    config = run_config(
+        model={"path": "x", "dtype": "bfloat16"},
+        learner={"zero_stage": stage, "learning_rate": 1e-2},
+    )
+    engine = LearnerEngine.start(config, str(model), ALONE)
+    before = snapshot(engine)
+    report = engine.train(scored_groups(0), step=0, policy_version=0)
+    after = snapshot(engine)
+    assert {dtype for _, dtype, _ in engine.manifest()} == {"bfloat16"}
+    engine.close()
+    assert distance(before, after) > 0
+    assert report.metrics["ratio_max"] > 1
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(stage: int, model: Path) -> None:
+    config = run_config(learner={"zero_stage": stage})
+    engine = LearnerEngine.start(config, str(model), ALONE)
+    before = snapshot(engine)
+    poisoned = scored_groups(0, behaviour=float("nan"))
+    report = engine.train(poisoned, step=0, policy_version=0)
+    assert report.metrics["nonfinite_loss"] == 2
+    assert report.metrics["nonfinite_grad"] == 0
+    assert not {"loss", "grad_norm"} & report.metrics.keys()
+    assert distance(snapshot(engine), before) == 0
+    engine.train(scored_groups(0), step=0, policy_version=0)
+    engine.train(scored_groups(1), step=1, policy_version=1)
+    after = snapshot(engine)
+    engine.close()
+    assert distance(after, trained(config, model)) == 0
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_gradient_that_is_not_finite_is_told_from_a_loss(stage: int, model: Path) -> None:
+    engine = LearnerEngine.start(run_config(learner={"zero_stage": stage}), str(model), ALONE)
+    before = snapshot(engine)
+    weight = engine._policy.model.model.norm.weight
+    hook = weight.register_hook(lambda gradient: gradient * float("inf"))
+    report = engine.train(scored_groups(0), step=0, policy_version=0)
+    hook.remove()
+    assert report.metrics["nonfinite_grad"] == 2
+    assert report.metrics["nonfinite_loss"] == 0
+    assert distance(snapshot(engine), before) == 0
+    assert engine.train(scored_groups(0), step=0, policy_version=0).metrics["grad_norm"] > 0
+    engine.close()
+
+
+def test_one_broken_minibatch_does_not_stop_the_other(model: Path) -> None:
+    groups = scored_groups(0, num_groups=2) + scored_groups(1, num_groups=2, behaviour=float("nan"))
+    engine = LearnerEngine.start(run_config(), str(model), ALONE)
+    report = engine.train(groups, step=0, policy_version=0)
+    engine.close()
+    assert report.metrics["nonfinite_loss"] == 1
+    assert report.metrics["grad_norm"] > 0
+
+
+def test_weights_are_those_of_a_hugging_face_checkpoint(model: Path) -> None:
+    engine = LearnerEngine.start(run_config(), str(model), ALONE)
+    manifest, weights = engine.manifest(), snapshot(engine)
+    engine.close()
+    loaded = Qwen2ForCausalLM.from_pretrained(model)
+    reference = {name: weight.detach() for name, weight in loaded.named_parameters()}
+    assert [name for name, _, _ in manifest] == list(weights)
+    assert all(tuple(weights[name].shape) == shape for name, _, shape in manifest)
+    assert all(str(weights[name].dtype) == f"torch.{dtype}" for name, dtype, _ in manifest)
+    assert distance(weights, reference) == 0
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_an_exported_model_is_the_trained_one(stage: int, wide_model: Path, tmp_path: Path) -> None:
+    engine = LearnerEngine.start(run_config(learner={"zero_stage": stage}), str(wide_model), ALONE)
+    next(engine.weights())
+    engine.train(scored_groups(0), step=0, policy_version=0)
+    engine.export(tmp_path)
+    token_ids = [3, 1, 4, 1, 5, 9, 2, 6]
+    scores = engine.score_tokens(token_ids)
+    engine.close()
+    assert scores == pytest.approx(logprobs_of(tmp_path, token_ids), abs=1e-5)
+    assert scores != pytest.approx(logprobs_of(wide_model, token_ids), abs=1e-3)
+    assert (tmp_path / "tokenizer_config.json").exists()
+
+
+def test_scores_need_a_token_after_the_first(model: Path) -> None:
+    engine = LearnerEngine.start(run_config(), str(model), ALONE)
+    with pytest.raises(ValueError, match="one more is needed"):
+        engine.score_tokens([1])
+    engine.close()
+
+
+def test_training_on_a_batch_raises_the_probability_of_what_was_rewarded(model: Path) -> None:
+    groups = scored_groups(7)
+    config = run_config(learner={"optimizer_steps_per_batch": 1, "learning_rate": 3e-3})
+    engine = LearnerEngine.start(config, str(model), ALONE)
+    before = _mean_scores(engine, groups)
+    for step in range(8):
+        engine.train(groups, step=step, policy_version=step)
+    after = _mean_scores(engine, groups)
+    engine.close()
+    assert after[Outcome.PASS] > before[Outcome.PASS] + 0.1
+    assert after[Outcome.FAIL] < before[Outcome.FAIL]
+
+
+def _mean_scores(engine: LearnerEngine, groups: list[ScoredGroup]) -> dict[Outcome, float]:
+    sums = {Outcome.PASS: [0.0, 0], Outcome.FAIL: [0.0, 0]}
+    for group in groups:
+        prompt = group.rollout.prompt.prompt_token_ids
+        for completion, score in zip(group.rollout.completions, group.scores, strict=True):
+            if not score.outcome.is_verdict:
+                continue
+            scores = engine.score_tokens([*prompt, *completion.token_ids])[len(prompt) - 1 :]
+            sums[score.outcome][0] += sum(scores)
+            sums[score.outcome][1] += len(scores)
+    return {outcome: total / count for outcome, (total, count) in sums.items()}
+
+
+def test_on_policy_the_ratio_is_exactly_one(model: Path) -> None:
+    config = run_config(learner={"optimizer_steps_per_batch": 1})
+    engine = LearnerEngine.start(config, str(model), ALONE)
+    metrics = engine.train(scored_groups(0), step=0, policy_version=2).metrics
+    engine.close()
+    assert metrics["ratio_max"] == metrics["ratio_mean"] == 1
+    assert metrics["clip_fraction_low"] == metrics["clip_fraction_high"] == 0
+    assert metrics["staleness_max"] == 2
+
+
+def test_only_what_applies_is_measured(model: Path) -> None:
+    engine = LearnerEngine.start(run_config(), str(model), ALONE)
+    plain = engine.train(scored_groups(0), step=0, policy_version=1)
+    engine.close()
+    config = run_config(
+        policy_loss={"loss_mode": "kl_cov", "kl_cov_ratio": 0.05},
+        entropy={"method": "aent", "entropy_coeff": 0.002},
+        off_policy={"method": "none"},
+    )
+    engine = LearnerEngine.start(config, str(model), ALONE)
+    rich = engine.train(scored_groups(0), step=0, policy_version=1)
+    after = engine.train(scored_groups(1), step=1, policy_version=1)
+    engine.close()
+    assert plain.histograms == {"staleness": [(1, 23)]}
+    assert rich.metrics.keys() - plain.metrics.keys() == {
+        "entropy_clamped",
+        "entropy_removed_mass",
+        "entropy_coefficient",
+        "entropy_loss",
+        "selected_tokens",
+        "selected_quota",
+        "selected_negative_advantage_fraction",
+        "selected_probability_mean",
+    }
+    assert plain.metrics.keys() - rich.metrics.keys() == {
+        "clip_fraction_low",
+        "clip_fraction_high",
+        "importance_weight_mean",
+        "importance_weight_ess",
+    }
+    assert rich.metrics["selected_tokens"] == rich.metrics["selected_quota"]
+    assert rich.metrics["entropy_coefficient"] == 0.002
+    # The clamped entropy is far above the band, so the coefficient falls.
+    assert after.metrics["entropy_coefficient"] < 0.002
+
+
+def test_per_micro_batch_selection_takes_at_least_a_token_in_each(model: Path) -> None:
+    selected = {}
+    for scope in ("global", "micro"):
+        config = run_config(policy_loss={"loss_mode": "kl_cov", "scope": scope})
+        engine = LearnerEngine.start(config, str(model), ALONE)
+        metrics = engine.train(scored_groups(0), step=0, policy_version=0).metrics
+        engine.close()
+        assert metrics["selected_tokens"] == metrics["selected_quota"]
+        selected[scope] = metrics["selected_tokens"]
+    # One of each of two mini-batches, against one of each of their micro-batches.
+    assert selected["global"] == 2
+    assert selected["micro"] > 2
+
+
+def test_entropy_is_measured_at_temperature_one_whatever_the_sampler_used(model: Path) -> None:
+    entropies = []
+    for temperature in (1.0, 0.5):
+        config = run_config(rollout={"temperature": temperature})
+        engine = LearnerEngine.start(config, str(model), ALONE)
+        report = engine.train(scored_groups(0), step=0, policy_version=0)
+        entropies.append(report.metrics["entropy"])
+        engine.close()
+    assert entropies[0] == pytest.approx(entropies[1], rel=1e-6)
+
+
+def test_a_batch_without_verdicts_trains_nothing(model: Path) -> None:
+    groups = [
+        ScoredGroup(each.rollout, (Score(Outcome.ERROR, 0.0, "boom"),) * 6, "verifier", 0.0)
+        for each in scored_groups(0)
+    ]
+    engine = LearnerEngine.start(run_config(), str(model), ALONE)
+    before = snapshot(engine)
+    report = engine.train(groups, step=0, policy_version=0)
+    assert distance(snapshot(engine), before) == 0
+    engine.close()
+    assert report.metrics["verifier_errors"] == 24
+    assert report.metrics["completions"] == 0
+    assert "entropy" not in report.metrics
+
+
+def test_the_learning_rate_warms_up_and_stays(model: Path) -> None:
+    config = run_config(learner={"lr_warmup_steps": 3, "learning_rate": 3e-3})
+    engine = LearnerEngine.start(config, str(model), ALONE)
+    rates = [
+        engine.train(scored_groups(step), step=step, policy_version=0).metrics["learning_rate"]
+        for step in range(3)
+    ]
+    engine.close()
+    assert rates == pytest.approx([2e-3, 3e-3, 3e-3])
+
+
+RESUMED: dict[str, Any] = {
+    "entropy": {"method": "aent", "entropy_coeff": 0.002},
+    "policy_loss": {"loss_mode": "clip_cov", "clip_cov_ratio": 0.02},
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_resumed_engine_goes_on_bit_for_bit(stage: int, model: Path, tmp_path: Path) -> None:
+    config = run_config(learner={"zero_stage": stage, "lr_warmup_steps": 3}, **RESUMED)
+    engine = LearnerEngine.start(config, str(model), ALONE)
+    for step in range(2):
+        engine.train(scored_groups(step), step=step, policy_version=step)
+    engine.save(tmp_path)
+    reports = [engine.train(scored_groups(step), step=step, policy_version=step) for step in (2, 3)]
+    straight = snapshot(engine)
+    engine.close()
+
+    engine = LearnerEngine.start(config, str(model), ALONE)
+    engine.load(tmp_path)
+    again = [engine.train(scored_groups(step), step=step, policy_version=step) for step in (2, 3)]
+    resumed = snapshot(engine)
+    engine.close()
+    assert again == reports
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+
+
+def test_a_new_process_resumes_bit_for_bit(
+    model: Path, tmp_path: Path, processes: RankProcesses
+) -> None:
+    engine = LearnerEngine.start(run_config(**RESUMED), str(model), ALONE)
+    for step in range(2):
+        engine.train(scored_groups(step), step=step, policy_version=step)
+    engine.save(tmp_path / "checkpoint")
+    for step in (2, 3):
+        engine.train(scored_groups(step), step=step, policy_version=step)
+    straight = snapshot(engine)
+    engine.close()
+    processes.run("resume", tmp_path, model, num_ranks=1)
+    resumed = torch.load(tmp_path / "weights.pt")
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    engine = LearnerEngine.start(run_config(learner={"zero_stage": 1}), str(model), ALONE)
+    engine.train(scored_groups(0), step=0, policy_version=0)
+    engine.save(folder)
+    engine.close()
+    return folder
+
+
+@pytest.fixture
+def fresh(model: Path) -> Iterator[LearnerEngine]:
+    engine = LearnerEngine.start(run_config(learner={"zero_stage": 1}), str(model), ALONE)
+    yield engine
+    engine.close()
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(fresh: LearnerEngine, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        fresh.load(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["model_states", "optim_states"])
+@pytest.mark.parametrize("damage", ["missing", "short", "overwritten"])
+def test_a_damaged_checkpoint_is_refused_in_one_line(
+    part: str, damage: str, fresh: LearnerEngine, checkpoint: Path
+) -> None:
+    (path,) = (checkpoint / "state").glob(f"*{part}.pt")
+    whole = path.read_bytes()
+    broken = {"short": whole[: len(whole) // 2], "overwritten": b"\0" * len(whole)}
+    path.unlink() if damage == "missing" else path.write_bytes(broken[damage])
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            fresh.load(checkpoint)
+    finally:
+        path.write_bytes(whole)
+    assert "\n" not in str(caught.value)
+    assert str(checkpoint) in str(caught.value)
+
+
+def test_a_checkpoint_of_another_zero_stage_is_refused(model: Path, checkpoint: Path) -> None:
+    engine = LearnerEngine.start(run_config(), str(model), ALONE)
+    with pytest.raises(CheckpointError, match="zero_stage = 1, this run has 0"):
+        engine.load(checkpoint)
+    engine.close()
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StartError, match="nowhere"):
+        LearnerEngine.start(run_config(), str(tmp_path / "nowhere"), ALONE)
+
+
+def test_ranks_without_a_port_are_refused(model: Path) -> None:
+    pair = Environment.read({"RANK": "0", "WORLD_SIZE": "2"})
+    with pytest.raises(ConfigError, match="MASTER_PORT"):
+        LearnerEngine.start(run_config(), str(model), pair)
+
+
+def test_a_model_that_changes_its_logits_is_refused(model: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    loaded.config.final_logit_softcapping = 30.0
+    with pytest.raises(ConfigError, match="final_logit_softcapping = 30"):
+        Policy(loaded, chunk=16)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_two_ranks_train_the_weights_of_one(
+    stage: int, wide_model: Path, tmp_path: Path, processes: RankProcesses
+) -> None:
+    processes.run(f"train{stage}", tmp_path, wide_model, num_ranks=2)
+    together = torch.load(tmp_path / "weights.pt")
+    assert distance(together, trained(pair_config(stage), wide_model)) < 1e-5
+    scores, metrics = torch.load(tmp_path / "measured.pt")
+    assert scores == pytest.approx(logprobs_of(tmp_path / "export", [1, 2, 3]), abs=1e-5)
+    assert metrics["selected_tokens"] > 0
+
+
+def test_two_ranks_resume_bit_for_bit(
+    wide_model: Path, tmp_path: Path, processes: RankProcesses
+) -> None:
+    processes.run("train3", tmp_path, wide_model, num_ranks=2)
+    straight = torch.load(tmp_path / "weights.pt")
+    processes.run("continue3", tmp_path, wide_model, num_ranks=2)
+    resumed = torch.load(tmp_path / "weights.pt")
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+
+
+@pytest.mark.parametrize("dying", [0, 1])
+def test_a_rank_ends_when_the_other_dies(
+    dying: int, model: Path, tmp_path: Path, processes: RankProcesses
+) -> None:
+    ranks = processes.start(f"die{dying}", tmp_path, model, num_ranks=2)
+    assert ranks[dying].wait(60) == 9
+    _, errors = ranks[1 - dying].communicate(timeout=30)
+    assert ranks[1 - dying].returncode == 1
+    assert f"EngineError: rank {1 - dying} cannot go on" in errors
+
+
+def pair_config(stage: int) -> RunConfig:
+    """One row a micro-batch, and rows that do not come out even over two ranks."""
+    return run_config(learner={"zero_stage": stage, "micro_batch_tokens": 1}, **RESUMED)
+
+
+def run_rank(job: str, folder: Path, model: Path) -> None:
+    name, stage = job.rstrip("0123"), int(job[-1]) if job[-1].isdigit() else 0
+    config = run_config(**RESUMED) if name in ("resume", "die") else pair_config(stage)
+    environment = Environment.read()
+    engine = LearnerEngine.start(config, str(model), environment)
+    if job == f"die{engine.rank}":
+        os._exit(9)
+    if engine.rank > 0:
+        engine.follow()
+        return
+    try:
+        JOBS[name](engine, folder)
+        torch.save(snapshot(engine), folder / "weights.pt")
+    finally:
+        engine.close()
+
+
+def _resume(engine: LearnerEngine, folder: Path) -> None:
+    engine.load(folder / "checkpoint")
+    for step in (2, 3):
+        engine.train(scored_groups(step), step=step, policy_version=step)
+
+
+def _train(engine: LearnerEngine, folder: Path) -> None:
+    engine.train(scored_groups(0), step=0, policy_version=0)
+    engine.save(folder / "checkpoint")
+    report = engine.train(scored_groups(1), step=1, policy_version=1)
+    # A publication that is given up on must not leave the other rank behind.
+    next(engine.weights())
+    engine.export(folder / "export")
+    torch.save((engine.score_tokens([1, 2, 3]), report.metrics), folder / "measured.pt")
+
+
+def _continue(engine: LearnerEngine, folder: Path) -> None:
+    engine.load(folder / "checkpoint")
+    engine.train(scored_groups(1), step=1, policy_version=1)
+
+
+JOBS = {"resume": _resume, "train": _train, "continue": _continue, "die": _train}
+
+
+if __name__ == "__main__":
+    run_rank(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from services.learner.evaluation import Evaluator
+from services.learner.feeder import Feeder
+from services.learner.inbox import CONSUMER, Inbox, group_staleness
+from services.learner.ledger import Ledger
+from shared.codec import decode_prompt_group, encode_scored_group
+from shared.config import parse_run
+from shared.memory_stream import MemoryStream
+from shared.records import GroupUid, Outcome, Purpose, ScoredGroup
+from shared.tasks.task import Problem
+from tests.factories import make_scored
+
+RUN = """
+[run]
+name = "run"
+num_steps = 4
+[warmup]
+[learner]
+groups_per_batch = 2
+max_staleness = 1
+[evaluation]
+num_problems = 2
+group_size = 2
+"""
+
+ERRORS = (Outcome.ERROR, Outcome.TIMEOUT)
+
+
+class OneTokenACharacter:
+    """Encodes text without a model."""
+
+    stop_token_ids = (0,)
+
+    def encode_prompt(self, text: str) -> Any:
+        from array import array
+
+        return array("I", map(ord, text))
+
+
+class WaitedError(Exception):
+    """Nothing came."""
+
+
+async def give_up(missing: int) -> None:
+    raise WaitedError(missing)
+
+
+@dataclass
+class Scene:
+    """An inbox over in-memory streams, with a real ledger, feeder and evaluator."""
+
+    prompts: MemoryStream = field(default_factory=lambda: MemoryStream(name="p", capacity=64))
+    scored: MemoryStream = field(default_factory=lambda: MemoryStream(name="s", capacity=64))
+    dead: MemoryStream = field(default_factory=lambda: MemoryStream(name="d", capacity=64))
+    ledger: Ledger = field(default_factory=lambda: Ledger(run_id="run", num_problems=8, seed=1))
+    evaluated: list[dict[str, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        problems = [Problem(str(number), "") for number in range(8)]
+        config: Any = parse_run(RUN)
+        tokenizer: Any = OneTokenACharacter()
+        self.feeder = Feeder(
+            config=config,
+            ledger=self.ledger,
+            prompts=self.prompts,
+            problems=problems,
+            tokenizer=tokenizer,
+        )
+        self.evaluator = Evaluator(
+            config=config,
+            run_id="run",
+            prompts=self.prompts,
+            problems=problems,
+            tokenizer=tokenizer,
+        )
+        self.inbox = self.make_inbox()
+
+    def make_inbox(self) -> Inbox:
+        return Inbox(
+            scored=self.scored,
+            dead_letter=self.dead,
+            ledger=self.ledger,
+            feeder=self.feeder,
+            evaluator=self.evaluator,
+            on_evaluated=self.evaluated.append,
+            max_staleness=1,
+            max_attempts=2,
+        )
+
+    async def arrive(self, *groups: ScoredGroup) -> None:
+        for group in groups:
+            await self.scored.put(encode_scored_group(group))
+
+    async def take(self, policy_version: int = 0, count: int = 2) -> list[int]:
+        batch = await self.inbox.take_batch(
+            count, policy_version=policy_version, while_waiting=give_up
+        )
+        return [group.rollout.prompt.uid.index for group in batch]
+
+    async def issued(self) -> Sequence[GroupUid]:
+        return [decode_prompt_group(payload).uid for payload in await self.prompts.peek()]
+
+
+@pytest.fixture
+async def scene() -> Scene:
+    made = Scene()
+    await made.feeder.fill(policy_version=0)
+    return made
+
+
+async def test_admission_lets_out_staleness_plus_one_batches_and_no_more(scene: Scene) -> None:
+    assert [uid.index for uid in await scene.issued()] == [0, 1, 2, 3]
+    assert await scene.feeder.fill(policy_version=0) == 0
+    scene.ledger.finish(0)
+    assert await scene.feeder.fill(policy_version=1) == 1
+
+
+async def test_the_feeder_stops_when_the_whole_run_is_issued(scene: Scene) -> None:
+    for position in range(8):
+        if position in scene.ledger.outstanding:
+            scene.ledger.finish(position)
+        await scene.feeder.fill(policy_version=0)
+    assert len(await scene.issued()) == 4 * 2
+
+
+async def test_a_batch_is_taken_in_the_order_of_arrival(scene: Scene) -> None:
+    await scene.arrive(make_scored(2), make_scored(0), make_scored(1))
+    assert await scene.take() == [2, 0]
+
+
+async def test_a_duplicate_is_dropped_whether_trained_or_in_the_same_batch(scene: Scene) -> None:
+    scene.ledger.finish(0)
+    await scene.arrive(make_scored(0), make_scored(1), make_scored(1, attempt=1), make_scored(2))
+    assert await scene.take() == [1, 2]
+    assert scene.inbox.dropped == {"duplicate": 2}
+
+
+async def test_a_stale_group_is_dropped_counted_and_issued_again(scene: Scene) -> None:
+    await scene.arrive(
+        make_scored(0, versions=(3, 1)), make_scored(1, versions=(3, 2)), make_scored(2)
+    )
+    with pytest.raises(WaitedError):
+        await scene.take(policy_version=3)
+    assert scene.inbox.dropped == {"stale": 2}
+    assert [(uid.index, uid.attempt) for uid in (await scene.issued())[4:]] == [(0, 1), (2, 1)]
+
+
+async def test_the_bound_itself_is_still_trained_on(scene: Scene) -> None:
+    await scene.arrive(make_scored(0, versions=(2, 2)), make_scored(1, versions=(3, 2)))
+    assert await scene.take(policy_version=3) == [0, 1]
+
+
+async def test_a_group_without_two_verdicts_is_issued_again_and_at_last_given_up(
+    scene: Scene,
+) -> None:
+    await scene.arrive(make_scored(0, outcomes=ERRORS), make_scored(0, attempt=1, outcomes=ERRORS))
+    with pytest.raises(WaitedError):
+        await scene.take()
+    assert scene.inbox.dropped == {"incomplete_group": 2}
+    assert scene.ledger.abandoned == {0}
+    assert (await scene.issued())[-1].index == 4  # its place in the batch goes to another prompt
+
+
+async def test_nothing_is_acknowledged_before_a_checkpoint(scene: Scene) -> None:
+    await scene.arrive(make_scored(0), make_scored(1))
+    await scene.take()
+    assert (await scene.scored.depth()).pending == 2
+    await scene.inbox.acknowledge()
+    assert (await scene.scored.depth()).pending == 0
+
+
+async def test_groups_of_a_batch_that_was_not_completed_stay_pending(scene: Scene) -> None:
+    await scene.arrive(make_scored(0))
+    with pytest.raises(WaitedError):
+        await scene.take()
+    await scene.inbox.acknowledge()
+    assert (await scene.scored.depth()).pending == 1
+
+
+async def test_after_a_crash_pending_groups_come_first_in_their_old_order(scene: Scene) -> None:
+    await scene.arrive(make_scored(1), make_scored(0))
+    await scene.take()
+    await scene.arrive(make_scored(2))
+    scene.inbox = scene.make_inbox()
+    await scene.inbox.recover()
+    assert await scene.take(count=3) == [1, 0, 2]
+
+
+async def test_an_entry_that_cannot_be_read_goes_to_dead_letter(scene: Scene) -> None:
+    await scene.scored.put(b"poison")
+    await scene.arrive(make_scored(0), make_scored(1))
+    assert await scene.take() == [0, 1]
+    assert await scene.dead.peek() == [b"poison"]
+
+
+def evaluated(problem: int, *outcomes: Outcome, attempt: int = 0) -> ScoredGroup:
+    return make_scored(
+        problem, epoch=5, attempt=attempt, purpose=Purpose.EVAL, outcomes=outcomes, versions=(5, 5)
+    )
+
+
+async def test_an_evaluation_is_summed_up_when_its_last_problem_is_back(scene: Scene) -> None:
+    await scene.evaluator.issue(5, policy_version=5)
+    await scene.arrive(
+        evaluated(0, Outcome.PASS, Outcome.PASS),
+        evaluated(0, Outcome.FAIL, Outcome.FAIL, attempt=1),
+        evaluated(1, Outcome.PASS, Outcome.FAIL),
+    )
+    await scene.inbox.take_evaluations(while_waiting=give_up)
+    (metrics,) = scene.evaluated
+    assert metrics["eval_score"] == pytest.approx(0.75)
+    assert metrics["eval_stderr"] == pytest.approx(0.25)
+    assert metrics["eval_pass_at_k"] == 1.0
+    assert metrics["eval_policy_version"] == 5
+
+
+async def test_evaluation_groups_are_never_trained_on(scene: Scene) -> None:
+    await scene.evaluator.issue(5, policy_version=5)
+    await scene.arrive(evaluated(0, Outcome.PASS, Outcome.FAIL), make_scored(0), make_scored(1))
+    assert await scene.take() == [0, 1]
+
+
+async def test_a_resumed_evaluation_asks_only_for_what_is_missing(scene: Scene) -> None:
+    await scene.evaluator.issue(5, policy_version=5)
+    await scene.arrive(evaluated(1, Outcome.PASS, Outcome.FAIL))
+    with pytest.raises(WaitedError):
+        await scene.inbox.take_evaluations(while_waiting=give_up)
+    resumed = Scene()
+    resumed.evaluator.load_state_dict(scene.evaluator.state_dict())
+    await resumed.evaluator.reissue_missing()
+    assert [(uid.epoch, uid.index, uid.attempt) for uid in await resumed.issued()] == [(5, 0, 1)]
+
+
+def test_the_staleness_of_a_group_is_that_of_its_worst_token() -> None:
+    assert group_staleness(make_scored(versions=(7, 4)), 8) == 4

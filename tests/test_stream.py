@@ -1,0 +1,192 @@
+"""The contract of a stream; Redis and its in-memory twin both keep it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from shared.errors import StartError
+from shared.memory_stream import MemoryStream
+from shared.stream import (
+    Depth,
+    Stream,
+    Streams,
+    finish_when_room,
+    open_streams,
+    put_when_room,
+    shown,
+)
+
+Pair = Callable[[], tuple[Stream, Stream]]
+
+
+@pytest.fixture(params=["redis", "memory"])
+def pair(request: pytest.FixtureRequest, streams: Streams) -> tuple[Stream, Stream]:
+    """An input and an output stream of capacity 8 each."""
+    if request.param == "redis":
+        return streams.prompts, streams.rollouts
+    return MemoryStream(name="prompts", capacity=8), MemoryStream(name="rollouts", capacity=8)
+
+
+async def test_entries_come_out_in_the_order_they_went_in(pair: tuple[Stream, Stream]) -> None:
+    stream, _ = pair
+    for payload in (b"a", b"b", b"c"):
+        assert await stream.put(payload)
+    first = await stream.claim("one", count=2, wait_seconds=0.1)
+    second = await stream.claim("two", count=2, wait_seconds=0.1)
+    assert [entry.payload for entry in [*first, *second]] == [b"a", b"b", b"c"]
+
+
+async def test_a_claim_waits_for_an_entry_that_comes_late(pair: tuple[Stream, Stream]) -> None:
+    stream, _ = pair
+    claim = asyncio.create_task(stream.claim("one", count=1, wait_seconds=5.0))
+    await asyncio.sleep(0)
+    await stream.put(b"late")
+    assert [entry.payload for entry in await claim] == [b"late"]
+
+
+async def test_a_claim_of_an_empty_stream_ends_empty(pair: tuple[Stream, Stream]) -> None:
+    stream, _ = pair
+    assert await stream.claim("one", count=1, wait_seconds=0.01) == []
+
+
+async def test_a_full_stream_refuses_and_keeps_everything(pair: tuple[Stream, Stream]) -> None:
+    stream, _ = pair
+    assert all([await stream.put(b"%d" % number) for number in range(8)])
+    assert not await stream.put(b"one too many")
+    assert await stream.peek() == [b"%d" % number for number in range(8)]
+
+
+async def test_an_unacknowledged_entry_is_delivered_again_in_order(
+    pair: tuple[Stream, Stream],
+) -> None:
+    stream, _ = pair
+    for payload in (b"a", b"b"):
+        await stream.put(payload)
+    await stream.claim("one", count=2, wait_seconds=0.1)
+    again = await stream.pending("one")
+    assert [(entry.payload, entry.deliveries) for entry in again] == [(b"a", 2), (b"b", 2)]
+    assert await stream.pending("two") == []
+
+
+async def test_an_acknowledged_entry_is_gone_and_makes_room(pair: tuple[Stream, Stream]) -> None:
+    stream, _ = pair
+    for number in range(8):
+        await stream.put(b"%d" % number)
+    entries = await stream.claim("one", count=8, wait_seconds=0.1)
+    await stream.acknowledge([entries[0].id])
+    assert len(await stream.pending("one")) == 7
+    assert await stream.put(b"fits now")
+
+
+async def test_finish_moves_an_entry_on_exactly_once(pair: tuple[Stream, Stream]) -> None:
+    stream, output = pair
+    await stream.put(b"in")
+    (entry,) = await stream.claim("one", count=1, wait_seconds=0.1)
+    assert await stream.finish(entry, output=output, payload=b"out")
+    assert await stream.finish(entry, output=output, payload=b"out")  # a retry of the client
+    assert await output.peek() == [b"out"]
+    assert await stream.depth() == Depth(waiting=0, pending=0)
+
+
+async def test_two_consumers_that_finish_one_entry_make_one_result(
+    pair: tuple[Stream, Stream],
+) -> None:
+    stream, output = pair
+    await stream.put(b"in")
+    (slow,) = await stream.claim("slow", count=1, wait_seconds=0.1)
+    (taken,) = await stream.reclaim("quick", idle_seconds=0.0, alive={"quick"}, count=1)
+    assert await stream.finish(taken, output=output, payload=b"quick")
+    assert await stream.finish(slow, output=output, payload=b"slow")
+    assert await output.peek() == [b"quick"]
+
+
+async def test_finish_into_a_full_stream_changes_nothing(pair: tuple[Stream, Stream]) -> None:
+    stream, output = pair
+    for _ in range(8):
+        await output.put(b"x")
+    await stream.put(b"in")
+    (entry,) = await stream.claim("one", count=1, wait_seconds=0.1)
+    assert not await stream.finish(entry, output=output, payload=b"out")
+    assert await stream.depth() == Depth(waiting=0, pending=1)
+    assert await output.peek() == [b"x"] * 8
+
+
+async def test_only_entries_of_the_dead_are_reclaimed(pair: tuple[Stream, Stream]) -> None:
+    stream, _ = pair
+    for payload in (b"a", b"b"):
+        await stream.put(payload)
+    await stream.claim("dead", count=1, wait_seconds=0.1)
+    await stream.claim("alive", count=1, wait_seconds=0.1)
+    taken = await stream.reclaim("heir", idle_seconds=0.0, alive={"alive", "heir"}, count=9)
+    assert [(entry.payload, entry.deliveries) for entry in taken] == [(b"a", 2)]
+
+
+async def test_an_entry_that_is_not_idle_yet_is_left_alone(pair: tuple[Stream, Stream]) -> None:
+    stream, _ = pair
+    await stream.put(b"a")
+    await stream.claim("dead", count=1, wait_seconds=0.1)
+    assert await stream.reclaim("heir", idle_seconds=60.0, alive={"heir"}, count=9) == []
+
+
+async def test_depth_tells_waiting_from_pending(pair: tuple[Stream, Stream]) -> None:
+    stream, _ = pair
+    for _ in range(3):
+        await stream.put(b"x")
+    await stream.claim("one", count=1, wait_seconds=0.1)
+    assert await stream.depth() == Depth(waiting=2, pending=1)
+
+
+async def test_a_producer_waits_for_room_and_counts_the_wait(pair: tuple[Stream, Stream]) -> None:
+    stream, _ = pair
+    for _ in range(8):
+        await stream.put(b"x")
+    waited: list[float] = []
+    putting = asyncio.create_task(put_when_room(stream, b"late", on_wait=waited.append))
+    while not waited:
+        await asyncio.sleep(0.01)
+    entries = await stream.claim("one", count=1, wait_seconds=0.1)
+    await stream.acknowledge([entries[0].id])
+    await asyncio.wait_for(putting, 5.0)
+    assert (await stream.peek())[-1] == b"late"
+    assert sum(waited) > 0
+
+
+async def test_a_consumer_waits_for_room_in_its_output(pair: tuple[Stream, Stream]) -> None:
+    stream, output = pair
+    for _ in range(8):
+        await output.put(b"x")
+    await stream.put(b"in")
+    (entry,) = await stream.claim("one", count=1, wait_seconds=0.1)
+    finishing = asyncio.create_task(
+        finish_when_room(stream, entry, output=output, payload=b"out")
+    )
+    taken = await output.claim("two", count=1, wait_seconds=0.1)
+    await output.acknowledge([taken[0].id])
+    await asyncio.wait_for(finishing, 5.0)
+    assert (await output.peek())[-1] == b"out"
+
+
+async def test_a_wiped_redis_is_an_empty_stream_not_an_error(streams: Streams) -> None:
+    await streams.prompts.put(b"a")
+    (entry,) = await streams.prompts.claim("one", count=1, wait_seconds=0.1)
+    keys = await streams.client.keys(streams.prefix.replace("{", "[{]").replace("}", "[}]") + "*")
+    await streams.client.delete(*keys)
+    assert await streams.prompts.finish(entry, output=streams.rollouts, payload=b"out")
+    assert await streams.prompts.claim("one", count=1, wait_seconds=0.1) == []
+    await streams.prompts.put(b"b")
+    (after,) = await streams.prompts.claim("one", count=1, wait_seconds=0.1)
+    assert after.payload == b"b"
+
+
+async def test_a_redis_that_is_not_there_is_named_without_its_password() -> None:
+    url = "redis://user:secret@127.0.0.1:1/0"
+    with pytest.raises(StartError, match="no answer") as refused:
+        async with open_streams(
+            url, run_id="r", max_prompts=1, max_groups=1, timeout_seconds=0.5
+        ):
+            pass
+    assert "secret" not in str(refused.value)
+    assert shown(url) == "redis://user:***@127.0.0.1:1/0"
