@@ -132,7 +132,9 @@ def _load(path: str) -> Any:
 def _may_be_hub_name(path: str) -> bool:
     """True for `owner/name`, unless the owner is a folder here."""
     owner, _, name = path.partition("/")
-    return bool(name) and "/" not in name and owner not in ("", ".", "..") and not Path(owner).is_dir()
+    return (
+        bool(name) and "/" not in name and owner not in ("", ".", "..") and not Path(owner).is_dir()
+    )
 
 
 def _stop_token_ids(path: str, eos_token_id: int | None) -> tuple[int, ...]:

@@ -28,7 +28,9 @@ def test_a_scored_group_survives_the_wire_with_every_outcome_and_version_run() -
 
 def test_a_completion_token_costs_at_most_nine_bytes_on_the_wire() -> None:
     def size(num_tokens: int) -> int:
-        completion = make_completion(num_tokens, runs=[(100, num_tokens // 2), (101, num_tokens // 2)])
+        completion = make_completion(
+            num_tokens, runs=[(100, num_tokens // 2), (101, num_tokens // 2)]
+        )
         group = RolloutGroup(make_prompt(group_size=1), (completion,), "rollout-0", 1.0)
         return len(encode_rollout_group(group))
 

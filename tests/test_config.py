@@ -22,7 +22,10 @@ def test_every_run_file_that_is_shipped_is_valid(path: Path) -> None:
     ("text", "message"),
     [
         ("", "run: is missing; add it"),
-        (RUN + "[warmup]\n[polcy_loss]\n", "polcy_loss = {}: unknown key; did you mean policy_loss?"),
+        (
+            RUN + "[warmup]\n[polcy_loss]\n",
+            "polcy_loss = {}: unknown key; did you mean policy_loss?",
+        ),
         (
             RUN + "[warmup]\n[policy_loss]\nclip_covratio = 0.1\n",
             "policy_loss.clip_covratio = 0.1: unknown key; did you mean clip_cov_ratio?",
@@ -115,7 +118,9 @@ def test_the_warm_up_folder_changes_with_everything_that_shapes_the_model() -> N
 
     same = path("[warmup]\n")
     assert same == path("[warmup]\n[learner]\nlearning_rate = 1e-3\n")
-    assert len({same, path("[warmup]\nnum_steps = 5\n"), path("[warmup]\n[task]\nname = 'x'\n")}) == 3
+    assert (
+        len({same, path("[warmup]\nnum_steps = 5\n"), path("[warmup]\n[task]\nname = 'x'\n")}) == 3
+    )
     assert path('[model]\npath = "some/model"\n') == "some/model"
 
 
@@ -130,9 +135,7 @@ def test_reading_a_run_file_loads_neither_torch_nor_vllm() -> None:
 
 
 @pytest.mark.parametrize("service", ["rollout", "verifier", "learner"])
-def test_a_service_refuses_a_bad_run_file_with_exit_code_two(
-    service: str, tmp_path: Path
-) -> None:
+def test_a_service_refuses_a_bad_run_file_with_exit_code_two(service: str, tmp_path: Path) -> None:
     bad = tmp_path / "bad.toml"
     bad.write_text(RUN + "[warmup]\nfoo = 1\n")
     ended = subprocess.run(

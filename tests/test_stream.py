@@ -160,9 +160,7 @@ async def test_a_consumer_waits_for_room_in_its_output(pair: tuple[Stream, Strea
         await output.put(b"x")
     await stream.put(b"in")
     (entry,) = await stream.claim("one", count=1, wait_seconds=0.1)
-    finishing = asyncio.create_task(
-        finish_when_room(stream, entry, output=output, payload=b"out")
-    )
+    finishing = asyncio.create_task(finish_when_room(stream, entry, output=output, payload=b"out"))
     taken = await output.claim("two", count=1, wait_seconds=0.1)
     await output.acknowledge([taken[0].id])
     await asyncio.wait_for(finishing, 5.0)
@@ -184,9 +182,7 @@ async def test_a_wiped_redis_is_an_empty_stream_not_an_error(streams: Streams) -
 async def test_a_redis_that_is_not_there_is_named_without_its_password() -> None:
     url = "redis://user:secret@127.0.0.1:1/0"
     with pytest.raises(StartError, match="no answer") as refused:
-        async with open_streams(
-            url, run_id="r", max_prompts=1, max_groups=1, timeout_seconds=0.5
-        ):
+        async with open_streams(url, run_id="r", max_prompts=1, max_groups=1, timeout_seconds=0.5):
             pass
     assert "secret" not in str(refused.value)
     assert shown(url) == "redis://user:***@127.0.0.1:1/0"

@@ -6,6 +6,7 @@ import asyncio
 import signal
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -27,17 +28,17 @@ class Interrupt:
         """Whether there was one."""
         return self._came.is_set()
 
-    async def may_cancel(self, work: asyncio.Task[None]) -> None:
+    async def may_cancel(self, work: asyncio.Task[Any]) -> None:
         """Wait until `work` has ended, cancelled by an interrupt or by itself; raises its error."""
         coming = asyncio.create_task(self._came.wait())
         await asyncio.wait({work, coming}, return_when=asyncio.FIRST_COMPLETED)
         coming.cancel()
         if work.done():
-            return work.result()
+            work.result()
+            return
         work.cancel()
         with suppress(asyncio.CancelledError):
             await work
-        return None
 
     def _take(self) -> None:
         if self.came:

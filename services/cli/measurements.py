@@ -83,6 +83,16 @@ def first(rows: Sequence[Row], key: str) -> float | None:
     return next((found for row in rows if (found := number(row, key)) is not None), None)
 
 
+def is_step(row: Row) -> bool:
+    """Whether a row is of a training step; an evaluation may have a row of its own."""
+    return any(number(row, key) is not None for key in ("seconds", "tokens", "reward_mean"))
+
+
+def merged(rows: Sequence[Row]) -> Row:
+    """The newest value of every key that has a number."""
+    return {key: row[key] for row in rows for key in row if number(row, key) is not None}
+
+
 def staleness_counts(row: Row) -> dict[int, int]:
     """Completions by staleness in a row; {"0": 128} and [[0, 128]] are both read."""
     given = row.get("staleness_counts", row.get("staleness"))

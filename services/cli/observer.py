@@ -135,7 +135,7 @@ class Observer:
         return ServiceView(member, answers=True, state="scoring", groups=status.groups_scored)
 
     async def _check_health(self, member: Member) -> ServiceView:
-        stub = health_pb2_grpc.HealthStub(self._channel(member.address))
+        stub: Any = health_pb2_grpc.HealthStub(self._channel(member.address))
         await _ask(stub.Check, health_pb2.HealthCheckRequest(), member)
         return ServiceView(member, answers=True, state="up")
 

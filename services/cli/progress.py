@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from services.cli.measurements import Row, latest, number, values
+from services.cli.measurements import Row, is_step, latest, merged, number, values
 from services.cli.observer import View
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class PlainProgress:
         self._last_step = min(self._last_step, latest(view.rows, "step") or -1.0)
         for place, row in enumerate(view.rows):
             step = number(row, "step")
-            if step is not None and step > self._last_step:
+            if step is not None and step > self._last_step and is_step(row):
                 self._last_step = step
                 self.say(step_line(view.rows[: place + 1], view, self._num_steps))
         if self._clock() - self._said_at >= _QUIET_SECONDS:
@@ -122,6 +122,7 @@ class LiveProgress:
 def step_line(rows: Sequence[Row], view: View, num_steps: int) -> str:
     """The newest of `rows` as one ASCII line."""
     row, learner = rows[-1], view.learner
+    depths = sorted(learner.queue_depths.items()) if learner else []
     parts = [f"step {number(row, 'step') or 0:.0f}/{num_steps}"]
     parts += [
         text
@@ -132,9 +133,7 @@ def step_line(rows: Sequence[Row], view: View, num_steps: int) -> str:
             _spelled("coefficient", number(row, "entropy_coefficient"), ".2g"),
             _staleness_text(row),
             _spelled("tokens/s", tokens_per_second(row), ".0f"),
-            " ".join(f"{name} {depth}" for name, depth in sorted(learner.queue_depths.items()))
-            if learner
-            else "",
+            " ".join(f"{name} {depth}" for name, depth in depths),
             _spelled("mixed", float(mixed_completions(view)), ".0f") if view.services else "",
             _eta_text(rows, num_steps),
         )
@@ -194,11 +193,16 @@ def sparkline(numbers: Sequence[float]) -> str:
 
 
 def eta_seconds(rows: Sequence[Row], num_steps: int) -> float | None:
-    """What the steps left take at the pace of the last ones."""
-    step, pace = latest(rows, "step"), values(rows[-_ETA_STEPS:], "seconds")
-    if step is None or not pace:
+    """What the steps left take at the pace of the last ones, checkpoints between them included."""
+    recent = [row for row in rows[-4 * _ETA_STEPS :] if is_step(row)][-_ETA_STEPS:]
+    times, spent = values(recent, "time"), values(recent, "seconds")
+    step = latest(recent, "step")
+    if step is None or not spent:
         return None
-    return max(0.0, num_steps - step) * sum(pace) / len(pace)
+    pace = sum(spent) / len(spent)
+    if len(times) > 1 and len(times) == len(recent):
+        pace = max(pace, (times[-1] - times[0]) / (len(times) - 1))
+    return max(0.0, num_steps - step) * pace
 
 
 def tokens_per_second(row: Row) -> float | None:
@@ -243,7 +247,7 @@ def _measures_table(view: View) -> RenderableType:
     from rich.table import Table
 
     rows = view.rows
-    row: Row = {**(view.learner.metrics if view.learner else {}), **(rows[-1] if rows else {})}
+    row = merged([view.learner.metrics if view.learner else {}, *rows[-_ETA_STEPS:]])
     grid = Table.grid(padding=(0, 2))
     queues = view.learner.queue_depths if view.learner else {}
     lines = [

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from services.cli.launch import LEARNER, ROLLOUT, VERIFIER, Launch
-from services.cli.observer import Observer, View
+from services.cli.observer import Observer, ServiceView, View
 from services.cli.progress import Progress
 from services.cli.supervisor import Child, ServiceDiedError, Supervisor, status_in_words
 from shared.errors import StartError
@@ -127,7 +127,9 @@ class Watch:
         """Who came, who came back, who is not heard of any more."""
         if view.trouble:
             return
-        found = {(each.member.role, each.member.name): each for each in view.services}
+        found: dict[Key, ServiceView] = {
+            (each.member.role, each.member.name): each for each in view.services
+        }
         for key, each in found.items():
             service = self._services.get(key)
             if service is None:

@@ -31,6 +31,7 @@ from services.learner.measures import StepReport
 from services.learner.policy import Policy
 from services.learner.ranks import Command, Opcode, Ranks
 from services.learner.training import OptimizerStep, Trainer
+from shared.broadcast import Manifest, ParameterSpec
 from shared.codec import (
     decode_scored_group,
     encode_scored_group,
@@ -58,7 +59,6 @@ UNREADABLE = (
 )
 """What DeepSpeed and torch raise over a damaged checkpoint."""
 
-Manifest = tuple[tuple[str, str, tuple[int, ...]], ...]
 """(name, dtype, shape) of each weight."""
 
 
@@ -136,7 +136,9 @@ class LearnerEngine:
     def manifest(self) -> Manifest:
         """(name, dtype, shape) of every weight, as a Hugging Face checkpoint has them."""
         return tuple(
-            (name, str(weight.dtype).removeprefix("torch."), tuple(_shape(weight)))
+            ParameterSpec(
+                name, str(weight.dtype).removeprefix("torch."), tuple(_shape(weight))
+            )
             for name, weight in self._named_weights()
         )
 

@@ -172,6 +172,16 @@ class Objective:
         entropy = -coefficient * self._aggregate(token_entropy, inputs.mask, totals)
         return Loss(policy + entropy, policy.detach(), entropy.detach())
 
+    def stand_in(self, statistics: TokenStatistics, slope: float) -> Tensor:
+        """A loss through every path of the real one, with this slope, 0 or NaN, everywhere.
+
+        ZeRO-3 exchanges weights as the backward pass meets them, so all ranks must pass the
+        same way, also one that has nothing to say.
+        """
+        entropy = self._entropy_term(statistics)
+        total = statistics.logprob.sum()
+        return (total if entropy is None else total + entropy.sum()) * slope
+
     def _aggregate(self, values: Tensor, mask: Tensor, totals: Totals) -> Tensor:
         mode = self._config.loss_agg_mode
         count = totals.num_tokens if mode == "token-mean" else totals.num_sequences

@@ -252,11 +252,11 @@ class Trainer:
             micro_batch, temperature=self._temperature, clamp_p=self._objective.clamp_p
         )
         if not micro_batch.rows:
-            return statistics.logprob.sum() * 0.0
+            return self._objective.stand_in(statistics, 0.0)
         loss = self._loss(state, micro_batch, statistics, chosen, totals)
         if not bool(loss.total.isfinite()):
             sums[2] += 1
-            return statistics.logprob.sum() * math.nan
+            return self._objective.stand_in(statistics, math.nan)
         sums[0] += loss.policy
         if loss.entropy is not None:
             sums[1] += loss.entropy

@@ -61,7 +61,12 @@ class ScoringPool:
         Raises:
             StartError: one cannot load the task.
         """
-        await asyncio.gather(*(slot.start() for slot in self._all))
+        try:
+            async with asyncio.TaskGroup() as starts:
+                for slot in self._all:
+                    starts.create_task(slot.start())
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
         for slot in self._all:
             self._slots.put_nowait(slot)
 
@@ -128,11 +133,13 @@ class _Slot:
         try:
             async with asyncio.timeout(START_SECONDS):
                 fault = (await self._exchange(setting))["fault"]
-        except (TimeoutError, EOFError):
-            fault = f"took over {START_SECONDS:.0f} s, or died"
+        except TimeoutError:
+            fault = f"not loaded within {START_SECONDS:.0f} s"
+        except EOFError:
+            fault = _explain_exit(await self.kill(), self._limits)
         if fault:
-            code = await self.kill()
-            raise StartError(f"{fault} (scoring process, {_explain_exit(code, self._limits)})")
+            await self.kill()
+            raise StartError(f"no scoring process of task {self._task.name!r}: {fault}")
 
     async def score(self, completion: str, answer: str) -> Score:
         """The outcome; whatever it is, the slot can be used again."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import resource
 import signal
@@ -37,7 +38,8 @@ def main() -> None:
     replies = _take_standard_output()
     requests = _requests()
     try:
-        _serve(next(requests), requests, replies)
+        for setting in requests:
+            _serve(setting, requests, replies)
     except MemoryError:
         # What is left of the heap after this is anybody's guess: start over.
         os._exit(OUT_OF_MEMORY_EXIT_CODE)
@@ -60,12 +62,10 @@ def _score(task: Task, completion: str, answer: str) -> dict[str, str | float]:
     """The task's verdict, or its error as an outcome of its own."""
     try:
         verdict = task.score(completion, answer=answer)
-        outcome = "pass" if verdict.is_pass else "fail"
-        return {
-            "outcome": outcome,
-            "reward": float(verdict.reward),
-            "detail": one_line(verdict.detail),
-        }
+        reward, outcome = float(verdict.reward), "pass" if verdict.is_pass else "fail"
+        if not math.isfinite(reward):
+            raise ValueError(f"the scorer gave a reward of {reward}")
+        return {"outcome": outcome, "reward": reward, "detail": one_line(verdict.detail)}
     except MemoryError:
         raise
     except (Exception, SystemExit) as error:

@@ -5,11 +5,14 @@ Key names are verl's, so that its recipes can be carried over by copying.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from shared.config.section import Fraction, Index, Section
+
+LARGE_SELECTION = 0.05
+"""A larger share of selected tokens is, most often, a percentage by mistake."""
 
 LossMode = Literal["vanilla", "clip_cov", "kl_cov"]
 EntropyMethod = Literal["none", "bonus", "aent"]
@@ -35,7 +38,7 @@ class PolicyLossConfig(Section):
     """The importance ratio is clipped below at 1 - this."""
 
     clip_ratio_high: Annotated[float, Field(gt=0)] = 0.2
-    """The importance ratio is clipped above at 1 + this; larger than the low side is clip-higher."""
+    """The importance ratio is clipped above at 1 + this; above the low side it is clip-higher."""
 
     clip_ratio_c: Annotated[float, Field(gt=1)] | None = 3.0
     """Dual clip: upper bound of the loss ratio where the advantage is negative."""
@@ -67,6 +70,29 @@ class PolicyLossConfig(Section):
     loss_agg_mode: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"] = "token-mean"
     """How token losses become one number, over the global batch."""
 
+    @model_validator(mode="after")
+    def _a_share_is_no_percentage(self) -> Self:
+        shares = {
+            "clip_cov": ("clip_cov_ratio", self.clip_cov_ratio, "0.0002"),
+            "kl_cov": ("kl_cov_ratio", self.kl_cov_ratio, "0.0002 to 0.002"),
+        }
+        key, share, paper = shares.get(self.loss_mode, ("", 0.0, ""))
+        if share > LARGE_SELECTION and not self.allow_large_ratio:
+            raise ValueError(
+                f"policy_loss.{key} = {share}: a share of tokens, the paper has {paper};"
+                " set allow_large_ratio = true if you mean it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_window_is_open(self) -> Self:
+        if self.clip_cov_lb >= self.clip_cov_ub:
+            raise ValueError(
+                f"policy_loss.clip_cov_lb = {self.clip_cov_lb}: must be below"
+                f" clip_cov_ub = {self.clip_cov_ub}"
+            )
+        return self
+
 
 class EntropyConfig(Section):
     """The entropy term of the loss."""
@@ -80,6 +106,17 @@ class EntropyConfig(Section):
 
     clamp_p: Annotated[float, Field(ge=0, lt=1)] = 0.33
     """AEnt: share of the vocabulary, of smallest logits, left out of the clamped entropy."""
+
+    @model_validator(mode="after")
+    def _the_coefficient_has_an_effect(self) -> Self:
+        if self.method == "none" and self.entropy_coeff > 0:
+            raise ValueError(
+                f"entropy.entropy_coeff = {self.entropy_coeff}: has no effect with"
+                ' method = "none"; set method = "bonus" or "aent"'
+            )
+        if self.method == "bonus" and self.entropy_coeff == 0:
+            raise ValueError('entropy.method = "bonus": needs entropy_coeff above 0')
+        return self
 
 
 class AdaptiveEntropyConfig(Section):
@@ -103,6 +140,16 @@ class AdaptiveEntropyConfig(Section):
     warmup: Index = 0
     """Steps before the first adjustment."""
 
+    @model_validator(mode="after")
+    def _the_band_and_the_box_are_open(self) -> Self:
+        for low, high in (("entropy_low", "entropy_high"), ("clip_low", "clip_high")):
+            if getattr(self, low) >= getattr(self, high):
+                raise ValueError(
+                    f"adaptive_entropy.{low} = {getattr(self, low)}: must be below"
+                    f" {high} = {getattr(self, high)}"
+                )
+        return self
+
 
 class OffPolicyConfig(Section):
     """Correction for tokens sampled by older weights or by a differing engine."""
@@ -119,3 +166,9 @@ class OffPolicyConfig(Section):
 
     upper: Annotated[float, Field(gt=0)] = 5.0
     """`mask`, `sequence_mask`: largest weight that is kept."""
+
+    @model_validator(mode="after")
+    def _the_bounds_are_open(self) -> Self:
+        if self.lower >= self.upper:
+            raise ValueError(f"off_policy.lower = {self.lower}: must be below upper = {self.upper}")
+        return self

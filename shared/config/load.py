@@ -57,7 +57,7 @@ def _explain(error: ErrorDetails) -> str:
         return f"{key}: is missing; add it"
     if error["type"] == "extra_forbidden":
         return f"{key} = {error['input']!r}: unknown key; {_suggestion(location)}"
-    if not location:
+    if error["type"] == "value_error":
         return error["msg"].removeprefix("Value error, ")
     if isinstance(error["input"], Mapping):
         return f"{key}: {error['msg']}"

@@ -30,8 +30,6 @@ from shared.config.services import (
     WeightsConfig,
 )
 
-LARGE_SELECTION = 0.05
-
 
 class RunSection(Section):
     """The run itself."""
@@ -94,91 +92,55 @@ class RunConfig(Section):
         return trained + self.max_outstanding + evaluations * evaluation.num_problems
 
     @model_validator(mode="after")
-    def _sections_agree(self) -> Self:
-        for broken, message in self._rules():
-            if broken:
-                raise ValueError(message)
+    def _there_is_a_model(self) -> Self:
+        if self.model.path is None and self.warmup is None:
+            raise ValueError(
+                "model.path is not set and there is no [warmup]: name a model folder, or add"
+                " [warmup] to train a small one first"
+            )
         return self
 
-    def _rules(self) -> list[tuple[bool, str]]:
-        """Each impossible combination with `key = value: why; remedy`."""
-        loss, entropy, band = self.policy_loss, self.entropy, self.adaptive_entropy
-        learner, rollout = self.learner, self.rollout
-        return [
-            (
-                self.model.path is None and self.warmup is None,
-                "model.path is not set and there is no [warmup]: name a model folder, or add"
-                " [warmup] to train a small one first",
-            ),
-            (
-                rollout.group_size == 1,
+    @model_validator(mode="after")
+    def _groups_can_be_compared(self) -> Self:
+        if self.rollout.group_size == 1:
+            raise ValueError(
                 f"rollout.group_size = 1: {self.advantage.estimator} compares completions of one"
-                " prompt; use at least 2",
-            ),
-            (
-                rollout.max_completion_tokens >= self.model.max_length,
-                f"rollout.max_completion_tokens = {rollout.max_completion_tokens}: leaves no room"
-                f" for a prompt in model.max_length = {self.model.max_length}; lower it",
-            ),
-            (
-                learner.groups_per_batch % learner.optimizer_steps_per_batch != 0,
-                f"learner.optimizer_steps_per_batch = {learner.optimizer_steps_per_batch}: does"
-                f" not divide groups_per_batch = {learner.groups_per_batch}; use a divisor",
-            ),
-            (
-                self.max_outstanding + self.evaluation.num_problems > self.redis.max_prompts,
-                f"redis.max_prompts = {self.redis.max_prompts}: needs room for"
+                " prompt; use at least 2"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_prompt_has_room(self) -> Self:
+        if self.rollout.max_completion_tokens >= self.model.max_length:
+            raise ValueError(
+                f"rollout.max_completion_tokens = {self.rollout.max_completion_tokens}: leaves no"
+                f" room for a prompt in model.max_length = {self.model.max_length}; lower it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_streams_have_room(self) -> Self:
+        redis, problems = self.redis, self.evaluation.num_problems
+        if self.max_outstanding + problems > redis.max_prompts:
+            raise ValueError(
+                f"redis.max_prompts = {redis.max_prompts}: needs room for"
                 f" {self.max_outstanding} groups ((max_staleness + 1) x groups_per_batch) and"
-                f" evaluation.num_problems = {self.evaluation.num_problems}; raise it",
-            ),
-            (
-                self._held_until_checkpoint > self.redis.max_groups,
-                f"redis.max_groups = {self.redis.max_groups}: `scored` holds up to"
+                f" evaluation.num_problems = {problems}; raise it"
+            )
+        if self._held_until_checkpoint > redis.max_groups:
+            raise ValueError(
+                f"redis.max_groups = {redis.max_groups}: `scored` holds up to"
                 f" {self._held_until_checkpoint} groups between checkpoints; raise it, or lower"
-                " checkpoint.every_steps",
-            ),
-            (
-                loss.clip_cov_lb >= loss.clip_cov_ub,
-                f"policy_loss.clip_cov_lb = {loss.clip_cov_lb}: must be below"
-                f" clip_cov_ub = {loss.clip_cov_ub}",
-            ),
-            (
-                loss.loss_mode == "clip_cov"
-                and loss.clip_cov_ratio > LARGE_SELECTION
-                and not loss.allow_large_ratio,
-                f"policy_loss.clip_cov_ratio = {loss.clip_cov_ratio}: a share of tokens, the paper"
-                " has 0.0002; set allow_large_ratio = true if you mean it",
-            ),
-            (
-                loss.loss_mode == "kl_cov"
-                and loss.kl_cov_ratio > LARGE_SELECTION
-                and not loss.allow_large_ratio,
-                f"policy_loss.kl_cov_ratio = {loss.kl_cov_ratio}: a share of tokens, the paper"
-                " has 0.0002 to 0.002; set allow_large_ratio = true if you mean it",
-            ),
-            (
-                entropy.method == "none" and entropy.entropy_coeff > 0,
-                f"entropy.entropy_coeff = {entropy.entropy_coeff}: has no effect with"
-                ' method = "none"; set method = "bonus" or "aent"',
-            ),
-            (
-                entropy.method == "bonus" and entropy.entropy_coeff == 0,
-                'entropy.method = "bonus": needs entropy_coeff above 0',
-            ),
-            (
-                entropy.method == "aent" and band.entropy_low >= band.entropy_high,
-                f"adaptive_entropy.entropy_low = {band.entropy_low}: must be below"
-                f" entropy_high = {band.entropy_high}",
-            ),
-            (
-                entropy.method == "aent"
-                and not band.clip_low <= entropy.entropy_coeff <= band.clip_high,
-                f"entropy.entropy_coeff = {entropy.entropy_coeff}: AEnt starts inside"
-                f" [adaptive_entropy.clip_low, clip_high] = [{band.clip_low}, {band.clip_high}]",
-            ),
-            (
-                self.off_policy.lower >= self.off_policy.upper,
-                f"off_policy.lower = {self.off_policy.lower}: must be below"
-                f" upper = {self.off_policy.upper}",
-            ),
-        ]
+                " checkpoint.every_steps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _aent_starts_inside_its_box(self) -> Self:
+        band, coefficient = self.adaptive_entropy, self.entropy.entropy_coeff
+        if self.entropy.method == "aent" and not band.clip_low <= coefficient <= band.clip_high:
+            raise ValueError(
+                f"entropy.entropy_coeff = {coefficient}: AEnt starts inside"
+                f" [adaptive_entropy.clip_low, clip_high] = [{band.clip_low}, {band.clip_high}]"
+            )
+        return self

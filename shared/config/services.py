@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from shared.config.section import Count, Index, Port, Seconds, Section
 
@@ -207,6 +207,15 @@ class LearnerConfig(Section):
 
     threads: Count = 1
     """CPU threads of one rank."""
+
+    @model_validator(mode="after")
+    def _mini_batches_are_equal(self) -> Self:
+        if self.groups_per_batch % self.optimizer_steps_per_batch != 0:
+            raise ValueError(
+                f"learner.optimizer_steps_per_batch = {self.optimizer_steps_per_batch}: does not"
+                f" divide groups_per_batch = {self.groups_per_batch}; use a divisor"
+            )
+        return self
 
 
 class WeightsConfig(Section):

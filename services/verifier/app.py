@@ -1,0 +1,108 @@
+"""One verifier replica, wired: scoring processes, streams, gRPC, lease, and the end in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from protos import verifier_pb2_grpc as pb_grpc
+from services.verifier.sandbox import ScoringPool
+from services.verifier.scoring import check_scorer
+from services.verifier.service import SERVICE, VerifierServicer
+from services.verifier.worker import Worker
+from shared.errors import StreamError
+from shared.lease import Registry
+from shared.metrics import serve_metrics
+from shared.process import ServiceArguments
+from shared.rpc import serve
+from shared.stream import Streams, open_streams
+from shared.tasks.registry import load_task
+from shared.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+async def serve_verifier(given: ServiceArguments, stop: asyncio.Event) -> None:
+    """From the check of the scorer to the last group in flight."""
+    config = given.config
+    task = load_task(config.task.name, config.task.params)
+    tokenizer = Tokenizer(config.model_path)
+    async with (
+        ScoringPool(config.task, config.verifier) as pool,
+        open_streams(
+            given.redis_url,
+            run_id=given.run_id,
+            max_prompts=config.redis.max_prompts,
+            max_groups=config.redis.max_groups,
+            timeout_seconds=config.network.call_timeout_seconds,
+        ) as streams,
+    ):
+        await check_scorer(pool, task)
+        worker = Worker(
+            name=given.name,
+            pool=pool,
+            tokenizer=tokenizer,
+            rollouts=streams.rollouts,
+            scored=streams.scored,
+            dead_letter=streams.dead_letter,
+            max_concurrent_groups=config.verifier.max_concurrent_groups,
+            max_attempts=config.redis.max_attempts,
+        )
+        await _serve(given, stop, pool, worker, streams)
+
+
+async def _serve(
+    given: ServiceArguments,
+    stop: asyncio.Event,
+    pool: ScoringPool,
+    worker: Worker,
+    streams: Streams,
+) -> None:
+    network = given.config.network
+    servicer = VerifierServicer(name=given.name, pool=pool, worker=worker)
+    metrics_port = serve_metrics(host=network.host, port=network.metrics_port)
+    registry = Registry(streams.client, prefix=streams.prefix)
+    async with (
+        serve(
+            host=network.host,
+            port=network.verifier_port,
+            port_key="network.verifier_port",
+            services=[SERVICE],
+            add=lambda server: pb_grpc.add_VerifierServicer_to_server(servicer, server),
+        ) as server,
+        registry.hold(
+            "verifier",
+            given.name,
+            address=f"{given.host}:{server.port}",
+            metrics_address=f"{given.host}:{metrics_port}",
+            seconds=network.lease_seconds,
+        ) as lease,
+    ):
+        await server.set_serving(True)
+        logger.info("verifier %s listens on port %d", given.name, server.port)
+        working = asyncio.create_task(worker.run(stop), name="worker")
+        adopting = asyncio.create_task(
+            _adopt_orphans(worker, registry, given.config.redis.reclaim_seconds), name="adopter"
+        )
+        stopping = asyncio.create_task(stop.wait(), name="stop")
+        try:
+            await asyncio.wait({stopping, working, lease}, return_when=asyncio.FIRST_COMPLETED)
+            adopting.cancel()
+            await asyncio.wait({working, lease}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (working, lease):
+                if task.done():
+                    task.result()
+        finally:
+            for task in (stopping, adopting, working):
+                task.cancel()
+
+
+async def _adopt_orphans(worker: Worker, registry: Registry, reclaim_seconds: float) -> None:
+    """Now and then take over what verifiers that died had claimed; stops when cancelled."""
+    while True:
+        await asyncio.sleep(reclaim_seconds / 3)
+        try:
+            alive = {member.name for member in await registry.members("verifier")}
+            await worker.adopt(idle_seconds=reclaim_seconds, alive=alive)
+        except StreamError as error:
+            logger.warning("nothing reclaimed: %s", error)
