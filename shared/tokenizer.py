@@ -112,13 +112,13 @@ def save_characters(alphabet: str, *, end: str, folder: Path) -> None:
 
 
 def _load(path: str) -> Any:
-    from transformers import AutoTokenizer
-
     if not Path(path).is_dir() and not _may_be_hub_name(path):
         raise StartError(
             f"model.path = {path!r}: no such model folder; give a folder in Hugging Face form, or"
             " remove it to train a small model with [warmup]"
         )
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:

@@ -17,16 +17,24 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from services.cli.measurements import Row, first, latest, number, series, staleness_counts, values
-from services.cli.summary import difference_error, entropy_text, law_text
+from services.cli.measurements import Row, latest, number, series, staleness_counts, values
+from services.cli.readings import (
+    numbered,
+    read_balance,
+    read_covariance,
+    read_entropy,
+    read_evaluation,
+    read_law,
+    read_mismatch,
+    read_reward,
+)
+from services.cli.words import percent
 
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, GREY = "#CC79A7", "#56B4E9", "#8A8A8A"
 
 _WIDTH, _HEIGHT = 7.6, 3.9
 _PANEL_HEIGHT = 1.7
-_WINDOW = 10
-"""Steps that a first and a last mean are over."""
 
 
 class Absent(Exception):  # noqa: N818  not an error: most runs lack something
@@ -56,10 +64,10 @@ def draw_scores(rows: Sequence[Row]) -> Drawing:
     scored = [row for row in rows if number(row, "eval_score") is not None]
     if not steps and not scored:
         raise Absent("no row has reward_mean or eval_score")
-    figure, (axes,) = _panels("Reward and evaluation score", ["mean reward"])
+    figure, (axes,) = _panels("Reward and evaluation score", ["reward, score"])
     if steps:
-        axes.plot(steps, rewards, color=SKY, linewidth=1, alpha=0.7)
-        axes.plot(steps, _smoothed(rewards), color=BLUE, label="training reward, mean of 5 steps")
+        _line(axes, steps, rewards, color=SKY, linewidth=1, alpha=0.7)
+        _line(axes, steps, _smoothed(rewards), color=BLUE, label="training reward, mean of 5 steps")
     if scored:
         at = [_evaluated_step(row) for row in scored]
         scores = [number(row, "eval_score") or 0.0 for row in scored]
@@ -69,9 +77,7 @@ def draw_scores(rows: Sequence[Row]) -> Drawing:
             linewidth=1.2, elinewidth=1, label="evaluation score ± standard error",
         )  # fmt: skip
     _legend(axes)
-    return Drawing(
-        figure, " ".join([_reward_reading(rewards), _evaluation_reading(scored)]).strip()
-    )
+    return Drawing(figure, " ".join([read_reward(rewards), read_evaluation(scored)]).strip())
 
 
 def draw_entropy(rows: Sequence[Row]) -> Drawing:
@@ -82,36 +88,36 @@ def draw_entropy(rows: Sequence[Row]) -> Drawing:
     at, coefficient = series(rows, "entropy_coefficient")
     labels = ["entropy (nats)", "coefficient λ"] if at else ["entropy (nats)"]
     figure, panels = _panels("Policy entropy over the sampled tokens", labels)
-    panels[0].plot(steps, entropy, color=BLUE, label="full")
+    _line(panels[0], steps, entropy, color=BLUE, label="full")
     clamped_at, clamped = series(rows, "entropy_clamped")
     if clamped_at:
-        panels[0].plot(clamped_at, clamped, color=ORANGE, label="clamped")
+        _line(panels[0], clamped_at, clamped, color=ORANGE, label="clamped")
     panels[0].set_ylim(bottom=0)
     _legend(panels[0])
     if at:
-        panels[1].plot(at, coefficient, color=GREEN)
-    return Drawing(figure, _entropy_reading(rows, coefficient))
+        _line(panels[1], at, coefficient, color=GREEN)
+    return Drawing(figure, read_entropy(rows, coefficient))
 
 
 def draw_covariance(rows: Sequence[Row]) -> Drawing:
     """Percentiles of the tokens' covariance of log-prob and advantage."""
-    keys = _numbered(rows, "covariance_p")
+    keys = numbered(rows, "covariance_p")
     if not keys:
         raise Absent("no row has percentiles of the covariance (covariance_p50, ...)")
     figure, (axes,) = _panels("Covariance of log-probability and advantage", ["covariance (nats)"])
     colours = [GREY, SKY, BLUE, GREEN, ORANGE, RED, PURPLE]
     drawn = []
-    for place, (percent, key) in enumerate(keys):
+    for place, (percentile, key) in enumerate(keys):
         steps, numbers = series(rows, key)
-        axes.plot(steps, numbers, color=colours[place % len(colours)], linewidth=1.2)
+        _line(axes, steps, numbers, color=colours[place % len(colours)], linewidth=1.2)
         drawn += numbers
-        name = "maximum" if percent == 100 else f"{percent:g} %"
+        name = "maximum" if percentile == 100 else f"{percentile:g} %"
         axes.annotate(
             name, (steps[-1], numbers[-1]), xytext=(5, 0), textcoords="offset points",
             va="center", fontsize=8, color=colours[place % len(colours)],
         )  # fmt: skip
     _logarithmic(axes, drawn)
-    return Drawing(figure, _covariance_reading(rows, keys))
+    return Drawing(figure, read_covariance(rows, keys))
 
 
 def draw_staleness(rows: Sequence[Row]) -> Drawing:
@@ -126,17 +132,19 @@ def draw_staleness(rows: Sequence[Row]) -> Drawing:
     ages = list(range(top + 1))
     shares = [counts[age] / total for age in ages]
     bars = axes.bar(ages, shares, color=BLUE, width=0.7)
-    axes.bar_label(bars, labels=[f"{share:.1%}" for share in shares], fontsize=8, padding=2)
+    axes.bar_label(bars, labels=[percent(share, 1) for share in shares], fontsize=8, padding=2)
     axes.set_xlabel("staleness (policy versions)")
     axes.set_xticks(ages)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_xlim(-0.8, max(top, 4) + 0.8)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     axes.grid(visible=False, axis="x")
     axes.margins(y=0.12)
     mean = sum(age * number for age, number in counts.items()) / total
+    fresh = percent(counts[0] / total)
     return Drawing(
         figure,
-        f"Of {total:,} completions {counts[0] / total:.0%} were trained by the version that sampled"
-        f" them; the mean staleness is {mean:.2f} versions, the largest {top}.",
+        f"Of {total:,} completions {fresh} were trained by the version that sampled them; the mean"
+        f" staleness is {mean:.2f} versions, the largest {top}.",
     )
 
 
@@ -152,11 +160,11 @@ def draw_law(rows: Sequence[Row]) -> Drawing:
         color=BLUE, marker="o", markersize=4, linestyle="none", elinewidth=1, capsize=2.5,
         label="evaluated versions ± standard error",
     )  # fmt: skip
-    _draw_fit(axes, rows, max(exponentials))
+    _draw_fit(axes, rows, min(exponentials), max(exponentials))
     axes.set_xlabel("exp(H), H = training entropy of the version (nats)")
     axes.xaxis.set_major_locator(MaxNLocator(8))
     _legend(axes)
-    return Drawing(figure, _law_reading(rows, len(points)))
+    return Drawing(figure, read_law(rows, len(points)))
 
 
 def draw_balance(rows: Sequence[Row]) -> Drawing:
@@ -173,14 +181,16 @@ def draw_balance(rows: Sequence[Row]) -> Drawing:
     parts = [[number(row, key) or 0.0 for row in timed] for key, _, _ in phases]
     whole = [number(row, "seconds") or 0.0 for row in timed]
     rest = [max(0.0, all - sum(each)) for all, *each in zip(whole, *parts, strict=True)]
-    figure, (axes,) = _panels("Where the learner's time goes", ["seconds per step"])
+    figure, (axes,) = _panels("The learner's time", ["seconds per step"])
     axes.stackplot(
         steps, *parts, rest, colors=[*(colour for _, _, colour in phases), "#D9D9D9"],
         labels=[*(name for _, name, _ in phases), "other"], step="mid", linewidth=0,
     )  # fmt: skip
-    axes.set_ylim(0, _without_outliers(whole))
+    limit = _without_outliers(whole)
+    axes.set_ylim(0, limit)
+    axes.set_xlabel(f"training step{_cut_off(whole, limit)}")
     _legend(axes, columns=4, outside=True)
-    return Drawing(figure, _balance_reading(phases, parts, whole, timed))
+    return Drawing(figure, read_balance(phases, parts, whole, timed))
 
 
 def draw_mismatch(rows: Sequence[Row]) -> Drawing:
@@ -193,16 +203,16 @@ def draw_mismatch(rows: Sequence[Row]) -> Drawing:
     labels = ["mismatch KL (nats)"] * bool(steps) + ["share of tokens clipped"] * has_clip
     figure, panels = _panels("Off-policy distance", labels)
     if steps:
-        panels[0].plot(steps, mismatch, color=PURPLE)
+        _line(panels[0], steps, mismatch, color=PURPLE, linewidth=1)
         _logarithmic(panels[0], mismatch)
     for (side, (at, shares)), colour in zip(clipped.items(), (BLUE, RED), strict=True):
         if at:
-            panels[-1].plot(at, shares, color=colour, label=f"at the {side} bound")
+            _line(panels[-1], at, shares, color=colour, linewidth=1, label=f"at the {side} bound")
     if has_clip:
-        panels[-1].yaxis.set_major_formatter(PercentFormatter(1.0))
+        panels[-1].yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
         panels[-1].set_ylim(bottom=0)
-        _legend(panels[-1])
-    return Drawing(figure, _mismatch_reading(mismatch, clipped))
+        _legend(panels[-1], columns=2, outside=True)
+    return Drawing(figure, read_mismatch(mismatch, clipped))
 
 
 SUBJECTS = (
@@ -252,8 +262,13 @@ def _panels(title: str, labels: Sequence[str]) -> tuple[Figure, list[Any]]:
         axes.tick_params(labelsize=9)
     panels[0].set_title(title, loc="left", fontsize=11, fontweight="bold")
     panels[-1].set_xlabel("training step")
-    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[-1].xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
     return figure, list(panels)
+
+
+def _line(axes: Any, steps: Sequence[float], numbers: Sequence[float], **style: Any) -> None:
+    """A line, or a dot where a line would not be seen."""
+    axes.plot(steps, numbers, marker="o" if len(steps) == 1 else None, **style)
 
 
 def _legend(axes: Any, *, columns: int = 1, outside: bool = False) -> None:
@@ -279,125 +294,22 @@ def _logarithmic(axes: Any, numbers: Sequence[float]) -> None:
     axes.set_yscale("symlog", linthresh=threshold)
 
 
-def _draw_fit(axes: Any, rows: Sequence[Row], right: float) -> None:
+def _draw_fit(axes: Any, rows: Sequence[Row], left: float, right: float) -> None:
+    """The law as a line, dashed where there are no points."""
     fitted = [row for row in rows if number(row, "law_a") is not None]
     a, b = latest(fitted, "law_a"), latest(fitted, "law_b")
     if a is None or b is None:
         return
     ceiling = b - a
-    axes.plot([1.0, right], [ceiling, b - a * right], color=RED, linewidth=1.2, label="fitted law")
+    for style, ends, label in (("-", (left, right), "fitted law"), ("--", (1.0, left), None)):
+        heights = [b - a * x for x in ends]
+        axes.plot(ends, heights, color=RED, linewidth=1.2, linestyle=style, label=label)
     if a > 0:
-        axes.axhline(ceiling, color=GREY, linewidth=1, linestyle="--")
+        axes.axhline(ceiling, color=GREY, linewidth=1, linestyle=":")
         axes.annotate(
             f"ceiling {ceiling:.3f} at H = 0", (right, ceiling), xytext=(0, 4),
             textcoords="offset points", ha="right", fontsize=8, color="#555555",
         )  # fmt: skip
-
-
-def _reward_reading(rewards: Sequence[float]) -> str:
-    if not rewards:
-        return ""
-    window = min(_WINDOW, max(1, len(rewards) // 2))
-    if len(rewards) == 1:
-        return f"The mean training reward of the only step is {rewards[0]:.3f}."
-    before, after = statistics.fmean(rewards[:window]), statistics.fmean(rewards[-window:])
-    return (
-        f"The mean training reward {_moved(before, after)} from {before:.3f} to {after:.3f} (means"
-        f" of the first and last {window} steps)."
-    )
-
-
-def _evaluation_reading(scored: Sequence[Row]) -> str:
-    if not scored:
-        return "No evaluation finished."
-    start, end = number(scored[0], "eval_score") or 0.0, number(scored[-1], "eval_score") or 0.0
-    if len(scored) == 1:
-        return f"The only evaluation scored {start:.3f}."
-    text = f"The evaluation score {_moved(start, end)} from {start:.3f} to {end:.3f}"
-    how, error = difference_error(scored[0], scored[-1])
-    return f"{text}, {(end - start) / error:+.1f} standard errors ({how})." if error else f"{text}."
-
-
-def _entropy_reading(rows: Sequence[Row], coefficient: Sequence[float]) -> str:
-    start, end = first(rows, "entropy") or 0.0, latest(rows, "entropy") or 0.0
-    text = f"Entropy {_moved(start, end)} from {start:.3f} to {end:.3f} nats"
-    if 0 < end < start:
-        text += f": {(start - end) / start:.0%} consumed"
-    if coefficient:
-        text += f"; the coefficient went from {coefficient[0]:.2g} to {coefficient[-1]:.2g}"
-    return f"{text}."
-
-
-def _covariance_reading(rows: Sequence[Row], keys: Sequence[tuple[float, str]]) -> str:
-    percent, key = keys[-1]
-    name = "largest covariance" if percent == 100 else f"{percent:g} % percentile"
-    text = f"In the last step the {name} is {latest(rows, key):.3g}"
-    tops = _numbered(rows, "covariance_top_")
-    mean = latest(rows, "covariance_mean")
-    if tops and mean:
-        share, top_key = tops[0]
-        top = latest(rows, top_key) or 0.0
-        text += (
-            f"; the top {share:g} % of tokens have a mean of {top:.3g}, that of all is {mean:.2g}"
-        )
-    return f"{text}."
-
-
-def _law_reading(rows: Sequence[Row], num_points: int) -> str:
-    text = law_text(rows)
-    if text.startswith("not"):
-        return f"{num_points} evaluated versions; the law is {text}."
-    spent = entropy_text(rows)
-    return f"{text}, from {num_points} evaluated versions; entropy {spent}."
-
-
-def _balance_reading(
-    phases: Sequence[tuple[str, str, str]],
-    parts: Sequence[Sequence[float]],
-    whole: Sequence[float],
-    timed: Sequence[Row],
-) -> str:
-    total = sum(whole) or 1.0
-    shares = [
-        f"{name} {sum(part) / total:.0%}" for (_, name, _), part in zip(phases, parts, strict=True)
-    ]
-    text = f"Of {total / len(whole):.2f} s per step the learner {', '.join(shares)} of the time"
-    pauses = values(timed, "pause_seconds")
-    if pauses:
-        text += f"; an update pauses the replicas for {statistics.median(pauses):.3f} s (median)"
-    return f"{text}."
-
-
-def _mismatch_reading(
-    mismatch: Sequence[float], clipped: dict[str, tuple[list[float], list[float]]]
-) -> str:
-    texts = []
-    if mismatch:
-        texts.append(
-            f"The median mismatch KL is {statistics.median(mismatch):.2g} nats, the largest"
-            f" {max(mismatch):.2g}"
-        )
-    means = [
-        f"{statistics.fmean(shares):.2%} at the {side} bound"
-        for side, (_, shares) in clipped.items()
-        if shares
-    ]
-    if means:
-        texts.append(f"the ratio was clipped in {' and '.join(means)} of the tokens on average")
-    text = "; ".join(texts)
-    return f"{text[0].upper()}{text[1:]}."
-
-
-def _numbered(rows: Sequence[Row], prefix: str) -> list[tuple[float, str]]:
-    """Keys such as covariance_p99_8 that have a value, with their numbers, rising."""
-    keys = {key for row in rows for key in row if key.startswith(prefix)}
-    found = []
-    for key in keys:
-        try:
-            found.append((float(key.removeprefix(prefix).replace("_", ".")), key))
-        except ValueError:
-            continue
-    return sorted((percent, key) for percent, key in found if values(rows, key))
 
 
 def _evaluated_step(row: Row) -> float:
@@ -413,11 +325,14 @@ def _smoothed(numbers: Sequence[float], width: int = 5) -> list[float]:
     ]
 
 
+def _cut_off(numbers: Sequence[float], limit: float) -> str:
+    number_cut = sum(each > limit for each in numbers)
+    if not number_cut:
+        return ""
+    return f" ({number_cut} longer than shown, the longest {max(numbers):.1f} s)"
+
+
 def _without_outliers(numbers: Sequence[float]) -> float:
     """An upper limit that one long first step does not dictate."""
     ordered = sorted(numbers)
     return max(1.1 * ordered[int(0.97 * (len(ordered) - 1))], 1e-3)
-
-
-def _moved(start: float, end: float) -> str:
-    return "rose" if end > start else "fell" if end < start else "stayed, "

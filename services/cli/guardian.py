@@ -7,12 +7,14 @@ started and ended process to this one's standard input:
     - PID           ended
 
 End of file means that the launcher has ended. Whatever still runs is ended then, lower stages
-first. Only the standard library is imported: one of these runs beside every launcher.
+first, and the folder of Redis' socket is removed. Only the standard library is
+imported: one of these runs beside every launcher.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -24,14 +26,18 @@ _POLL_SECONDS = 0.05
 
 
 def main() -> None:
-    """Watch standard input; the argument is the seconds each stage gets to end by itself."""
+    """Watch standard input.
+
+    Arguments: the seconds each stage gets to end by itself; a folder to remove, or nothing.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     running = read_running(sys.stdin)
     for stage in sorted(set(running.values())):
-        end_groups(
-            [pid for pid, of in running.items() if of == stage], grace_seconds=float(sys.argv[1])
-        )
+        leaders = [pid for pid, of in running.items() if of == stage]
+        end_groups(leaders, grace_seconds=float(sys.argv[1]))
+    for folder in sys.argv[2:]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_running(lines: Iterable[str]) -> dict[int, int]:

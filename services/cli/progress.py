@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from services.cli.measurements import Row, is_step, latest, merged, number, values
 from services.cli.observer import View
+from services.cli.words import duration
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -214,16 +215,6 @@ def tokens_per_second(row: Row) -> float | None:
 def mixed_completions(view: View) -> int:
     """Completions sampled by more than one version, over the replicas that answer."""
     return sum(each.mixed_version_completions for each in view.services)
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `3 min 05 s`, `2 h 10 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def _heading(view: View, title: str, num_steps: int, elapsed: float) -> RenderableType:

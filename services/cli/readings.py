@@ -55,8 +55,8 @@ def read_entropy(rows: Sequence[Row], coefficient: Sequence[float]) -> str:
 
 def read_covariance(rows: Sequence[Row], keys: Sequence[tuple[float, str]]) -> str:
     """How far the tail of the covariance is from the rest."""
-    percent, key = keys[-1]
-    name = "largest covariance" if percent == 100 else f"{percent:g} % percentile"
+    percentile, key = keys[-1]
+    name = "largest covariance" if percentile == 100 else f"{percentile:g} % percentile"
     text = f"In the last step the {name} is {latest(rows, key):.3g}"
     tops = numbered(rows, "covariance_top_")
     mean = latest(rows, "covariance_mean")
@@ -90,7 +90,8 @@ def read_balance(
     """What the learner spends its time on; `phases` and `parts` go together."""
     total = sum(whole) or 1.0
     shares = [
-        f"{name} {sum(part) / total:.0%}" for (_, name, _), part in zip(phases, parts, strict=True)
+        f"{name} {percent(sum(part) / total)}"
+        for (_, name, _), part in zip(phases, parts, strict=True)
     ]
     text = f"Of {total / len(whole):.2f} s per step the learner {', '.join(shares)} of the time"
     pauses = values(timed, "pause_seconds")
@@ -127,4 +128,4 @@ def numbered(rows: Sequence[Row], prefix: str) -> list[tuple[float, str]]:
             found.append((float(key.removeprefix(prefix).replace("_", ".")), key))
         except ValueError:
             continue
-    return sorted((percent, key) for percent, key in found if values(rows, key))
+    return sorted((percentile, key) for percentile, key in found if values(rows, key))

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from services.cli.measurements import Row, first, latest, number, staleness_counts, values
 from services.cli.observer import ServiceView
-from services.cli.progress import duration
 from services.cli.run_folder import RunFolder
+from services.cli.words import duration, percent
 from shared.config import RunConfig
 
 Facts = list[tuple[str, str]]
@@ -97,7 +97,7 @@ def entropy_text(rows: Sequence[Row]) -> str:
     start, end = first(rows, "entropy"), latest(rows, "entropy")
     if start is None or end is None:
         return "not measured"
-    share = f", {(start - end) / start:.0%} consumed" if start > 0 and end <= start else ""
+    share = f", {percent((start - end) / start)} consumed" if start > 0 and end <= start else ""
     return f"{start:.4f} -> {end:.4f} nats{share}"
 
 

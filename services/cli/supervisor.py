@@ -56,23 +56,28 @@ class Child:
 class Supervisor:
     """The children of one launcher; a context that nobody outlives."""
 
-    def __init__(self, *, grace_seconds: float, lock: int | None = None) -> None:
+    def __init__(
+        self, *, grace_seconds: float, lock: int | None = None, scratch: Path | None = None
+    ) -> None:
         """A supervisor of nobody yet.
 
         Args:
             grace_seconds: between SIGTERM and SIGKILL, for each stage.
             lock: descriptor that the guardian keeps open as long as it lives.
+            scratch: folder to remove when everybody has ended.
         """
         self._grace_seconds = grace_seconds
         self._lock = lock
+        self._scratch = scratch
         self._children: list[Child] = []
         self._waits: list[asyncio.Task[None]] = []
         self._exits: asyncio.Queue[Child] = asyncio.Queue()
         self._guardian: subprocess.Popen[bytes] | None = None
 
     async def __aenter__(self) -> Supervisor:
+        scratch = [] if self._scratch is None else [str(self._scratch)]
         self._guardian = subprocess.Popen(  # noqa: ASYNC220  returns at once
-            [sys.executable, "-I", "-S", guardian.__file__, str(self._grace_seconds)],
+            [sys.executable, "-I", "-S", guardian.__file__, str(self._grace_seconds), *scratch],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

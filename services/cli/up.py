@@ -39,6 +39,7 @@ from services.cli.supervisor import Child, ServiceDiedError, Supervisor
 from services.cli.watch import Watch
 from shared.config import Environment, RunConfig, load_run
 from shared.redis_server import RedisServer, prepare_redis, until_redis_answers
+from shared.stream import check_server
 
 INTERRUPTED = 130
 _POLL_SECONDS = 0.2
@@ -99,16 +100,19 @@ class _Launcher:
 
     async def run(self, lock: int) -> View | None:
         """The last view of the finished run, None if interrupted; nobody is left then."""
-        grace = self._config.network.call_timeout_seconds
-        supervisor = Supervisor(grace_seconds=grace, lock=lock)
+        server = _own_redis(self._config, self._folder)
+        supervisor = Supervisor(
+            grace_seconds=self._config.network.call_timeout_seconds,
+            lock=lock,
+            scratch=None if server is None else server.socket_folder,
+        )
         interrupt = Interrupt(on_first=self._say_ending, on_second=supervisor.kill)
-        with _own_redis(self._config, self._folder) as server:
-            try:
-                async with supervisor:
-                    work = asyncio.create_task(self._work(supervisor, server))
-                    await interrupt.may_cancel(work)
-            finally:
-                self._folder.redis_url_file.unlink(missing_ok=True)
+        try:
+            async with supervisor:
+                work = asyncio.create_task(self._work(supervisor, server))
+                await interrupt.may_cancel(work)
+        finally:
+            self._folder.redis_url_file.unlink(missing_ok=True)
         return None if interrupt.came else work.result()
 
     async def _work(self, supervisor: Supervisor, server: RedisServer | None) -> View:
@@ -144,7 +148,10 @@ class _Launcher:
         """What the services are told, with a Redis that was started where it is this run's own."""
         url = _given_redis_url(self._config) if server is None else server.url
         assert url is not None
-        if server is not None:
+        if server is None:
+            timeout_seconds = self._config.network.call_timeout_seconds
+            await check_server(url, timeout_seconds=timeout_seconds)
+        else:
             await self._start_redis(supervisor, server)
         self._folder.write_redis_url(url)
         return RunIdentity(
@@ -211,17 +218,9 @@ def _conclude(config: RunConfig, folder: RunFolder, view: View, *, wall_seconds:
     print_facts(facts)
 
 
-@contextmanager
-def _own_redis(config: RunConfig, folder: RunFolder) -> Iterator[RedisServer | None]:
+def _own_redis(config: RunConfig, folder: RunFolder) -> RedisServer | None:
     """A server to start, or None where the environment or the run file names one."""
-    if _given_redis_url(config) is not None:
-        yield None
-        return
-    server = prepare_redis(folder.redis)
-    try:
-        yield server
-    finally:
-        server.remove_socket_folder()
+    return prepare_redis(folder.redis) if _given_redis_url(config) is None else None
 
 
 @contextmanager

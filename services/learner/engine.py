@@ -59,8 +59,6 @@ UNREADABLE = (
 )
 """What DeepSpeed and torch raise over a damaged checkpoint."""
 
-"""(name, dtype, shape) of each weight."""
-
 
 class LearnerEngine:
     """The policy, its optimiser and its entropy controller, over all ranks."""
@@ -134,11 +132,9 @@ class LearnerEngine:
             return self._score(payload)
 
     def manifest(self) -> Manifest:
-        """(name, dtype, shape) of every weight, as a Hugging Face checkpoint has them."""
+        """Every weight, as a Hugging Face checkpoint has them: tied ones once."""
         return tuple(
-            ParameterSpec(
-                name, str(weight.dtype).removeprefix("torch."), tuple(_shape(weight))
-            )
+            ParameterSpec(name, str(weight.dtype).removeprefix("torch."), tuple(_shape(weight)))
             for name, weight in self._named_weights()
         )
 

@@ -88,6 +88,10 @@ def _checked(config: RunConfig) -> tuple[WarmupConfig, DemonstratedTask]:
             f"task.name = {config.task.name!r}: has no demonstrations for a [warmup] to imitate;"
             " remove [warmup] and set model.path"
         )
+    if not (task.alphabet + task.end).isascii():
+        raise ConfigError(
+            f"task.name = {config.task.name!r}: alphabet {task.alphabet + task.end!r}: must be ASCII"
+        )
     return warmup, task
 
 
@@ -158,7 +162,7 @@ def _train(
     for step, batch in enumerate(islice(batches, warmup.num_steps), start=1):
         loss = _completion_loss(model, *batch)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         scheduler.step()
         if step % REPORT_EVERY_STEPS == 0 or step == warmup.num_steps:

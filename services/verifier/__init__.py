@@ -1,0 +1,1 @@
+"""The verifier: scores completions in a sandbox."""

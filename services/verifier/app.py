@@ -15,7 +15,7 @@ from shared.lease import Registry
 from shared.metrics import serve_metrics
 from shared.process import ServiceArguments
 from shared.rpc import serve
-from shared.stream import Streams, open_streams
+from shared.stream import Streams, check_server, open_streams
 from shared.tasks.registry import load_task
 from shared.tokenizer import Tokenizer
 
@@ -26,6 +26,7 @@ async def serve_verifier(given: ServiceArguments, stop: asyncio.Event) -> None:
     """From the check of the scorer to the last group in flight."""
     config = given.config
     task = load_task(config.task.name, config.task.params)
+    await check_server(given.redis_url, timeout_seconds=config.network.call_timeout_seconds)
     tokenizer = Tokenizer(config.model_path)
     async with (
         ScoringPool(config.task, config.verifier) as pool,
@@ -89,12 +90,13 @@ async def _serve(
             await asyncio.wait({stopping, working, lease}, return_when=asyncio.FIRST_COMPLETED)
             adopting.cancel()
             await asyncio.wait({working, lease}, return_when=asyncio.FIRST_COMPLETED)
-            for task in (working, lease):
-                if task.done():
-                    task.result()
+            for ended in (working, lease):
+                if ended.done():
+                    ended.result()
         finally:
-            for task in (stopping, adopting, working):
-                task.cancel()
+            stopping.cancel()
+            adopting.cancel()
+            working.cancel()
 
 
 async def _adopt_orphans(worker: Worker, registry: Registry, reclaim_seconds: float) -> None:

@@ -17,9 +17,10 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import time
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import DEVNULL, Process
 from contextlib import suppress
 from typing import Any, Self
 
@@ -37,8 +38,9 @@ START_SECONDS = 60.0
 # Not `-m`: the process must find what this one finds, wherever it was started from.
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]);"
-    " from services.verifier.scorer import main; main()"
+    " from services.verifier.scorer import main; main(int(sys.argv[2]))"
 )
+_STDERR = 2
 
 
 class ScoringPool:
@@ -112,6 +114,7 @@ class _Slot:
         self._task = task
         self._limits = limits
         self._process: Process | None = None
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def start(self) -> None:
         """A process that has loaded the task.
@@ -119,12 +122,7 @@ class _Slot:
         Raises:
             StartError: it cannot, or takes too long.
         """
-        self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", _PROGRAM, json.dumps(sys.path)),
-            stdin=PIPE,
-            stdout=PIPE,
-            process_group=0,  # a group of its own: spared Ctrl-C, and killed with its children
-        )
+        await self._launch()
         setting = {
             "task": self._task.name,
             "params": self._task.params,
@@ -166,28 +164,41 @@ class _Slot:
     async def kill(self) -> int | None:
         """End the process and its children at once; its exit code, None if there was none."""
         process, self._process = self._process, None
+        streams, self._streams = self._streams, None
+        if streams is not None:
+            streams[1].transport.abort()
         if process is None:
             return None
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         return await process.wait()
 
+    async def _launch(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._streams = await asyncio.open_connection(sock=ours)
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-c", _PROGRAM, json.dumps(sys.path), str(theirs.fileno())),
+                stdin=DEVNULL,
+                stdout=_STDERR,
+                pass_fds=[theirs.fileno()],
+                process_group=0,  # a group of its own: spared Ctrl-C, and killed with its children
+            )
+
     async def _exchange(self, message: Any) -> Any:
         """Send a line, read a line.
 
         Raises:
-            EOFError: the process died, or closed its pipe.
+            EOFError: the process died, or closed its end.
         """
-        assert self._process is not None
-        reader, writer = self._process.stdout, self._process.stdin
-        assert reader is not None
-        assert writer is not None
+        assert self._streams is not None
+        reader, writer = self._streams
         try:
             writer.write(json.dumps(message).encode() + b"\n")
             await writer.drain()
+            line = await reader.readline()
         except (BrokenPipeError, ConnectionResetError):
             raise EOFError from None
-        line = await reader.readline()
         if not line.endswith(b"\n"):
             raise EOFError
         return json.loads(line)

@@ -7,7 +7,7 @@ It speaks lines of JSON with the `sandbox` that started it, which are no interfa
     -> [completion, answer]                                    for each
     <- {"outcome": "pass", "reward": 1.0, "detail": "solved"}
 
-Anything may happen to it in between; the sandbox tells from a closed pipe that it died.
+Anything may happen to it in between; the sandbox tells from a closed connection that it died.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import math
 import os
 import resource
 import signal
+import socket
 import sys
 from collections.abc import Iterator
-from io import BufferedWriter
-from typing import Any
+from typing import Any, BinaryIO
 
 from shared.errors import ConfigError
 from shared.tasks.registry import load_task
@@ -33,25 +33,28 @@ MAX_DETAIL_CHARACTERS = 300
 _PR_SET_PDEATHSIG = 1
 
 
-def main() -> None:
-    """Serve until standard input is closed."""
-    replies = _take_standard_output()
-    requests = _requests()
+def main(descriptor: int) -> None:
+    """Serve the connection with this file descriptor until it is closed."""
+    connection = socket.socket(fileno=descriptor)
+    requests = map(json.loads, connection.makefile("rb"))
     try:
         for setting in requests:
-            _serve(setting, requests, replies)
+            _serve(setting, requests, connection.makefile("wb"))
     except MemoryError:
         # What is left of the heap after this is anybody's guess: start over.
         os._exit(OUT_OF_MEMORY_EXIT_CODE)
 
 
-def _serve(setting: Any, requests: Iterator[Any], replies: BufferedWriter) -> None:
+def _serve(setting: Any, requests: Iterator[Any], replies: BinaryIO) -> None:
     _die_with_parent()
     _limit(memory_mib=setting["memory_mib"])
     try:
         task = load_task(setting["task"], setting["params"])
-    except ConfigError as error:
-        _reply(replies, {"fault": str(error)})
+    except MemoryError:
+        raise
+    except Exception as error:
+        prefix = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+        _reply(replies, {"fault": one_line(f"{prefix}{error}")})
         return
     _reply(replies, {"fault": ""})
     for completion, answer in requests:
@@ -78,21 +81,9 @@ def one_line(text: str) -> str:
     return " ".join(text[: 2 * MAX_DETAIL_CHARACTERS].split())[:MAX_DETAIL_CHARACTERS]
 
 
-def _requests() -> Iterator[Any]:
-    for line in sys.stdin.buffer:
-        yield json.loads(line)
-
-
-def _reply(replies: BufferedWriter, message: dict[str, Any]) -> None:
+def _reply(replies: BinaryIO, message: dict[str, Any]) -> None:
     replies.write(json.dumps(message).encode() + b"\n")
     replies.flush()
-
-
-def _take_standard_output() -> BufferedWriter:
-    """A writer only this module knows; what a scorer prints goes to standard error."""
-    replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    return replies
 
 
 def _die_with_parent() -> None:

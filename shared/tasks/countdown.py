@@ -12,7 +12,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from itertools import combinations_with_replacement
 from typing import NamedTuple
 
@@ -185,7 +185,7 @@ def random_chain(numbers: Sequence[int], generator: random.Random) -> list[Step]
     return chain
 
 
-@lru_cache(maxsize=None)
+@cache
 def outcome_chances(numbers: tuple[int, ...]) -> dict[int, float]:
     """For each result that chains over sorted `numbers` reach, the chance of a random chain."""
     if len(numbers) == 1:

@@ -48,7 +48,7 @@ class MathTask:
         return {"train": rest, "eval": held_out, "hard": []}[split]
 
     def score(self, completion: str, *, answer: str) -> Verdict:
-        """Reward 1 if the last answer in `completion` is mathematically equal to `answer`, else 0.
+        """Reward 1 if the answer that math-verify reads in `completion` equals `answer`, else 0.
 
         Raises:
             ValueError: `answer` is nothing that math-verify understands.

@@ -1,4 +1,4 @@
-"""Any data set of reasoning-gym: endless generated problems, judged by the library's own scorers."""
+"""Any data set of reasoning-gym: generated problems, judged by the library's own scorers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The learner's engine on real DeepSpeed: every ZeRO stage, two ranks, resume, export.
 
-Run as a script this file is one rank: `test_learner_engine.py <job> <folder>`, with the ranks'
-environment set as torchrun does.
+Run as a script this file is one rank: `test_learner_engine.py <job> <folder> <model>`, with
+the environment that torchrun sets; a job's last character is its ZeRO stage or the rank to die.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import socket
 import subprocess
 import sys
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +75,11 @@ def run_config(**sections: dict[str, Any]) -> RunConfig:
     return RunConfig.model_validate({**whole, **sections})
 
 
-def scored_groups(
-    seed: int, *, num_groups: int = 4, behaviour: float | None = None
-) -> list[ScoredGroup]:
+def scored_groups(seed: int, *, behaviour: float | None = None) -> list[ScoredGroup]:
     """Random prompts and completions; about half of them pass, the first was never judged."""
     draw = random.Random(seed)
     groups = []
-    for index in range(num_groups):
+    for index in range(4):
         completions, scores = [], []
         for _ in range(6):
             length = draw.randint(3, 14)
@@ -104,11 +103,22 @@ def snapshot(engine: LearnerEngine) -> Weights:
     return {name: weight.detach().clone() for name, weight in engine.weights()}
 
 
-def trained(config: RunConfig, model: Path, *, steps: range = range(2)) -> Weights:
+def broken_groups(seed: int) -> list[ScoredGroup]:
+    """Two good groups, for one mini-batch, and two for another with a NaN in one completion."""
+    *good, group = scored_groups(seed)
+    first, *others = group.rollout.completions
+    logprobs = array("f", [float("nan")] * len(first.token_ids))
+    broken = replace(first, behaviour_logprobs=logprobs)
+    return [*good, replace(group, rollout=replace(group.rollout, completions=(broken, *others)))]
+
+
+def trained(
+    config: RunConfig, model: Path, batches: Sequence[list[ScoredGroup]] | None = None
+) -> Weights:
     engine = LearnerEngine.start(config, str(model), ALONE)
     try:
-        for step in steps:
-            engine.train(scored_groups(step), step=step, policy_version=step)
+        for step, groups in enumerate(batches or [scored_groups(0), scored_groups(1)]):
+            engine.train(groups, step=step, policy_version=step)
         return snapshot(engine)
     finally:
         engine.close()
@@ -164,7 +174,7 @@ class RankProcesses:
             process.communicate()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def processes() -> Iterator[RankProcesses]:
     started = RankProcesses()
     yield started
@@ -225,7 +235,7 @@ def test_bfloat16_trains_at_every_zero_stage(stage: int, model: Path) -> None:
     before = snapshot(engine)
     report = engine.train(scored_groups(0), step=0, policy_version=0)
     after = snapshot(engine)
-    assert {dtype for _, dtype, _ in engine.manifest()} == {"bfloat16"}
+    assert {spec.dtype for spec in engine.manifest()} == {"bfloat16"}
     engine.close()
     assert distance(before, after) > 0
     assert report.metrics["ratio_max"] > 1
@@ -265,9 +275,8 @@ def test_a_gradient_that_is_not_finite_is_told_from_a_loss(stage: int, model: Pa
 
 
 def test_one_broken_minibatch_does_not_stop_the_other(model: Path) -> None:
-    groups = scored_groups(0, num_groups=2) + scored_groups(1, num_groups=2, behaviour=float("nan"))
     engine = LearnerEngine.start(run_config(), str(model), ALONE)
-    report = engine.train(groups, step=0, policy_version=0)
+    report = engine.train(broken_groups(0), step=0, policy_version=0)
     engine.close()
     assert report.metrics["nonfinite_loss"] == 1
     assert report.metrics["grad_norm"] > 0
@@ -279,9 +288,9 @@ def test_weights_are_those_of_a_hugging_face_checkpoint(model: Path) -> None:
     engine.close()
     loaded = Qwen2ForCausalLM.from_pretrained(model)
     reference = {name: weight.detach() for name, weight in loaded.named_parameters()}
-    assert [name for name, _, _ in manifest] == list(weights)
-    assert all(tuple(weights[name].shape) == shape for name, _, shape in manifest)
-    assert all(str(weights[name].dtype) == f"torch.{dtype}" for name, dtype, _ in manifest)
+    assert [spec.name for spec in manifest] == list(weights)
+    assert all(weights[spec.name].shape == spec.shape for spec in manifest)
+    assert all(weights[spec.name].dtype == spec.torch_dtype for spec in manifest)
     assert distance(weights, reference) == 0
 
 
@@ -466,8 +475,8 @@ def test_a_new_process_resumes_bit_for_bit(
         engine.train(scored_groups(step), step=step, policy_version=step)
     straight = snapshot(engine)
     engine.close()
-    processes.run("resume", tmp_path, model, num_ranks=1)
-    resumed = torch.load(tmp_path / "weights.pt")
+    processes.run("alone0", tmp_path, model, num_ranks=1)
+    resumed = torch.load(tmp_path / "resumed.pt")
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 
 
@@ -536,25 +545,39 @@ def test_a_model_that_changes_its_logits_is_refused(model: Path) -> None:
         Policy(loaded, chunk=16)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_two_ranks_train_the_weights_of_one(
-    stage: int, wide_model: Path, tmp_path: Path, processes: RankProcesses
-) -> None:
-    processes.run(f"train{stage}", tmp_path, wide_model, num_ranks=2)
-    together = torch.load(tmp_path / "weights.pt")
-    assert distance(together, trained(pair_config(stage), wide_model)) < 1e-5
-    scores, metrics = torch.load(tmp_path / "measured.pt")
-    assert scores == pytest.approx(logprobs_of(tmp_path / "export", [1, 2, 3]), abs=1e-5)
+@pytest.fixture(scope="module")
+def pair(
+    request: pytest.FixtureRequest,
+    wide_model: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    processes: RankProcesses,
+) -> tuple[int, Path]:
+    """ZeRO stage of two ranks that trained, and the folder with what they left."""
+    stage: int = request.param
+    folder = tmp_path_factory.mktemp(f"pair{stage}")
+    processes.run(f"train{stage}", folder, wide_model, num_ranks=2)
+    return stage, folder
+
+
+@pytest.mark.parametrize("pair", [0, 2, 3], indirect=True)
+def test_two_ranks_train_the_weights_of_one(pair: tuple[int, Path], wide_model: Path) -> None:
+    stage, folder = pair
+    together = torch.load(folder / "trained.pt")
+    alone = trained(pair_config(stage), wide_model, PAIR_BATCHES)
+    assert distance(together, alone) < 1e-5
+    scores, metrics = torch.load(folder / "measured.pt")
+    assert scores == pytest.approx(logprobs_of(folder / "export", [1, 2, 3]), abs=1e-5)
     assert metrics["selected_tokens"] > 0
+    assert metrics["nonfinite_loss"] == 1
 
 
+@pytest.mark.parametrize("pair", [3], indirect=True)
 def test_two_ranks_resume_bit_for_bit(
-    wide_model: Path, tmp_path: Path, processes: RankProcesses
+    pair: tuple[int, Path], wide_model: Path, processes: RankProcesses
 ) -> None:
-    processes.run("train3", tmp_path, wide_model, num_ranks=2)
-    straight = torch.load(tmp_path / "weights.pt")
-    processes.run("continue3", tmp_path, wide_model, num_ranks=2)
-    resumed = torch.load(tmp_path / "weights.pt")
+    _, folder = pair
+    processes.run("resume3", folder, wide_model, num_ranks=2)
+    straight, resumed = torch.load(folder / "trained.pt"), torch.load(folder / "resumed.pt")
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 
 
@@ -569,50 +592,55 @@ def test_a_rank_ends_when_the_other_dies(
     assert f"EngineError: rank {1 - dying} cannot go on" in errors
 
 
+# The NaN is on one rank only, and must stop the other rank's step as well.
+PAIR_BATCHES = (scored_groups(0), broken_groups(1))
+
+
 def pair_config(stage: int) -> RunConfig:
     """One row a micro-batch, and rows that do not come out even over two ranks."""
     return run_config(learner={"zero_stage": stage, "micro_batch_tokens": 1}, **RESUMED)
 
 
 def run_rank(job: str, folder: Path, model: Path) -> None:
-    name, stage = job.rstrip("0123"), int(job[-1]) if job[-1].isdigit() else 0
-    config = run_config(**RESUMED) if name in ("resume", "die") else pair_config(stage)
-    environment = Environment.read()
-    engine = LearnerEngine.start(config, str(model), environment)
-    if job == f"die{engine.rank}":
+    name, stage = job[:-1], int(job[-1])
+    config = run_config(**RESUMED) if name == "alone" else pair_config(stage)
+    engine = LearnerEngine.start(config, str(model), Environment.read())
+    if name == "die" and engine.rank == stage:
         os._exit(9)
     if engine.rank > 0:
         engine.follow()
         return
     try:
         JOBS[name](engine, folder)
-        torch.save(snapshot(engine), folder / "weights.pt")
     finally:
         engine.close()
 
 
-def _resume(engine: LearnerEngine, folder: Path) -> None:
+def _alone(engine: LearnerEngine, folder: Path) -> None:
     engine.load(folder / "checkpoint")
     for step in (2, 3):
         engine.train(scored_groups(step), step=step, policy_version=step)
+    torch.save(snapshot(engine), folder / "resumed.pt")
 
 
 def _train(engine: LearnerEngine, folder: Path) -> None:
-    engine.train(scored_groups(0), step=0, policy_version=0)
+    engine.train(PAIR_BATCHES[0], step=0, policy_version=0)
     engine.save(folder / "checkpoint")
-    report = engine.train(scored_groups(1), step=1, policy_version=1)
+    report = engine.train(PAIR_BATCHES[1], step=1, policy_version=1)
     # A publication that is given up on must not leave the other rank behind.
     next(engine.weights())
     engine.export(folder / "export")
     torch.save((engine.score_tokens([1, 2, 3]), report.metrics), folder / "measured.pt")
+    torch.save(snapshot(engine), folder / "trained.pt")
 
 
-def _continue(engine: LearnerEngine, folder: Path) -> None:
+def _resume(engine: LearnerEngine, folder: Path) -> None:
     engine.load(folder / "checkpoint")
-    engine.train(scored_groups(1), step=1, policy_version=1)
+    engine.train(PAIR_BATCHES[1], step=1, policy_version=1)
+    torch.save(snapshot(engine), folder / "resumed.pt")
 
 
-JOBS = {"resume": _resume, "train": _train, "continue": _continue, "die": _train}
+JOBS = {"alone": _alone, "train": _train, "resume": _resume, "die": _train}
 
 
 if __name__ == "__main__":

@@ -179,7 +179,13 @@ def test_per_micro_batch_selection_takes_a_token_in_each_as_the_reference_does()
 
 def test_clip_cov_never_selects_a_token_where_the_clip_already_binds() -> None:
     made = objective(
-        {"loss_mode": "clip_cov", "clip_cov_ratio": 1.0, "clip_cov_lb": -99.0, "clip_cov_ub": 99.0}
+        {
+            "loss_mode": "clip_cov",
+            "clip_cov_ratio": 1.0,
+            "allow_large_ratio": True,
+            "clip_cov_lb": -99.0,
+            "clip_cov_ub": 99.0,
+        }
     )
     inputs = token_inputs()
     measured, _ = statistics(inputs)

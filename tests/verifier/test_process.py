@@ -1,0 +1,203 @@
+"""The verifier as the process it is, beside a real Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from protos.verifier_pb2 import GetVerifierStatusRequest
+from protos.verifier_pb2_grpc import VerifierStub
+from services.verifier.service import SERVICE
+from shared.codec import decode_scored_group, encode_rollout_group
+from shared.config import load_run
+from shared.lease import Member, Registry
+from shared.records import Outcome
+from shared.rpc import open_channel
+from shared.stream import Depth, Streams, open_streams
+from shared.tasks.countdown import Countdown
+from shared.tokenizer import Tokenizer, save_characters
+from tests.verifier.test_worker import make_group
+
+pytestmark = pytest.mark.integration
+
+RUN = """
+[run]
+name = "{name}"
+num_steps = 1
+[model]
+path = "{model}"
+max_length = 64
+[task]
+name = "{task}"
+[rollout]
+max_completion_tokens = 32
+[network]
+lease_seconds = 1.0
+[redis]
+url = "{url}"
+reclaim_seconds = 0.5
+"""
+SECONDS = 60.0
+
+
+class Verifiers:
+    """Starts verifiers of one run, and ends what a test leaves."""
+
+    def __init__(self, run_file: Path) -> None:
+        self.run_file = run_file
+        self._started: list[subprocess.Popen[str]] = []
+
+    def start(self, name: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "services.verifier", "--config", str(self.run_file)]
+        process = subprocess.Popen([*command, "--name", name], stderr=subprocess.PIPE, text=True)
+        self._started.append(process)
+        return process
+
+    def end(self) -> None:
+        for process in self._started:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    save_characters(Countdown.alphabet, end=Countdown.end, folder=tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def verifiers(tmp_path: Path, model: Path, redis_url: str) -> Iterator[Verifiers]:
+    run_file = tmp_path / "run.toml"
+    name = re.sub("[^a-z0-9]", "-", tmp_path.name)[:60].strip("-")
+    run_file.write_text(RUN.format(name=name, model=model, task="countdown", url=redis_url), "utf8")
+    made = Verifiers(run_file)
+    yield made
+    made.end()
+
+
+@asynccontextmanager
+async def opened(run_file: Path) -> AsyncIterator[tuple[Streams, Registry]]:
+    config = load_run(run_file)
+    assert config.redis.url is not None
+    async with open_streams(
+        config.redis.url,
+        run_id=config.run.name,
+        max_prompts=64,
+        max_groups=64,
+        timeout_seconds=5.0,
+    ) as streams:
+        yield streams, Registry(streams.client, prefix=streams.prefix)
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(SECONDS):
+        while not await condition():
+            await asyncio.sleep(0.02)
+
+
+async def until_leased(registry: Registry, name: str) -> Member:
+    async def is_there() -> bool:
+        return name in [member.name for member in await registry.members("verifier")]
+
+    await until(is_there)
+    return next(each for each in await registry.members("verifier") if each.name == name)
+
+
+def children(pid: int) -> list[int]:
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+async def test_a_verifier_serves_the_stream_and_callers_and_ends_in_order(
+    verifiers: Verifiers, model: Path
+) -> None:
+    process = verifiers.start("one")
+    async with opened(verifiers.run_file) as (streams, registry):
+        member = await until_leased(registry, "one")
+        for index in range(5):
+            group = make_group(Tokenizer(str(model)), index=index)
+            assert await streams.rollouts.put(encode_rollout_group(group))
+
+        async def is_done() -> bool:
+            return (await streams.rollouts.depth()) == Depth(waiting=0, pending=0)
+
+        await until(is_done)
+        scored = [decode_scored_group(payload) for payload in await streams.scored.peek()]
+        assert sorted(each.rollout.prompt.uid.index for each in scored) == [0, 1, 2, 3, 4]
+        for each in scored:
+            assert [score.outcome for score in each.scores] == [Outcome.PASS, Outcome.FAIL]
+            assert each.verifier == "one"
+
+        async with open_channel(member.address) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            answer = await health.Check(health_pb2.HealthCheckRequest(service=SERVICE))
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+            status = await VerifierStub(channel).GetStatus(GetVerifierStatusRequest())
+            assert (status.groups_scored, status.completions_scored) == (5, 10)
+        metrics = await asyncio.to_thread(
+            lambda: urlopen(f"http://{member.metrics_address}/metrics").read().decode()
+        )
+        counted = 'isentrope_verifier_results_total{result="fail",verifier="countdown"} 5.0'
+        assert counted in metrics
+
+        scorers = children(process.pid)
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(process.wait, SECONDS) == 0
+        assert await registry.members("verifier") == []
+        assert len(scorers) == 1
+        assert not any(Path(f"/proc/{pid}").exists() for pid in scorers)
+
+
+async def test_what_a_killed_verifier_had_claimed_is_scored_by_another(
+    verifiers: Verifiers, model: Path
+) -> None:
+    first = verifiers.start("first")
+    async with opened(verifiers.run_file) as (streams, registry):
+        await until_leased(registry, "first")
+        first.send_signal(signal.SIGSTOP)
+        group = make_group(Tokenizer(str(model)))
+        await streams.rollouts.put(encode_rollout_group(group))
+
+        async def is_claimed() -> bool:
+            return (await streams.rollouts.depth()).pending == 1
+
+        await until(is_claimed)  # by the read that Redis still holds for the stopped process
+        first.kill()
+        verifiers.start("second")
+
+        async def is_scored() -> bool:
+            return bool(await streams.scored.peek())
+
+        await until(is_scored)
+        scored = [decode_scored_group(payload) for payload in await streams.scored.peek()]
+        assert [(each.verifier, each.rollout) for each in scored] == [("second", group)]
+        assert await streams.rollouts.depth() == Depth(waiting=0, pending=0)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "code", "message"),
+    [
+        ('name = "countdown"', 'name = "x"', 2, "error: task.name = 'x': no such task; known"),
+        ('path = "/', 'path = "/nowhere/', 1, "error: model.path = '/nowhere/"),
+        ('url = "', 'url = "redis://127.0.0.1:1/0"  # ', 1, "error: redis.url = "),
+    ],
+)
+def test_what_is_wrong_at_the_start_is_one_line(
+    verifiers: Verifiers, old: str, new: str, code: int, message: str
+) -> None:
+    text = verifiers.run_file.read_text("utf8")
+    verifiers.run_file.write_text(text.replace(old, new), "utf8")
+    process = verifiers.start("one")
+    _, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == code
+    assert errors.splitlines()[-1].startswith(message)
+    assert "Traceback" not in errors

@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from services.verifier.sandbox import ScoringPool
+from shared.config.services import TaskConfig, VerifierConfig
+from shared.errors import StartError
+from shared.metrics import VERIFIER_RESULTS
+from shared.records import Outcome, Score
+
+HOSTILE = "tests.verifier.hostile:HostileTask"
+
+
+def make_pool(
+    *, num_workers: int = 1, timeout_seconds: float = 30.0, load: str = "well"
+) -> ScoringPool:
+    limits = VerifierConfig(
+        num_workers=num_workers, timeout_seconds=timeout_seconds, memory_mib=256
+    )
+    return ScoringPool(TaskConfig(name=HOSTILE, params={"load": load}), limits)
+
+
+@pytest.fixture
+async def pool() -> AsyncIterator[ScoringPool]:
+    async with make_pool() as made:
+        yield made
+
+
+@pytest.fixture
+async def hasty_pool() -> AsyncIterator[ScoringPool]:
+    async with make_pool(timeout_seconds=0.5) as made:
+        yield made
+
+
+async def pid_of(pool: ScoringPool) -> int:
+    return int((await pool.score("pid", answer="")).detail)
+
+
+def is_alive(pid: int) -> bool:
+    """False for a process that is gone or waits to be reaped."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+async def until_dead(pid: int) -> None:
+    async with asyncio.timeout(10.0):
+        while is_alive(pid):
+            await asyncio.sleep(0.01)
+
+
+async def assert_next_works(pool: ScoringPool) -> None:
+    assert await pool.score("pass", answer="") == Score(Outcome.PASS, 1.0, "fine")
+
+
+async def test_a_verdict_is_an_outcome_with_one_short_line(pool: ScoringPool) -> None:
+    score = await pool.score("fail", answer="")
+    assert (score.outcome, score.reward) == (Outcome.FAIL, 0.5)
+    assert "\n" not in score.detail
+    assert len(score.detail) <= 300
+    await assert_next_works(pool)
+
+
+@pytest.mark.parametrize("deed", ["loop for ever", "loop in C", "hold the interpreter"])
+async def test_a_scorer_that_never_returns_is_killed(hasty_pool: ScoringPool, deed: str) -> None:
+    pid = await pid_of(hasty_pool)
+    started = time.monotonic()
+    score = await hasty_pool.score(deed, answer="")
+    assert (score.outcome, score.reward) == (Outcome.TIMEOUT, 0.0)
+    assert 0.5 <= time.monotonic() - started < 3.0
+    assert score.detail == "killed after 0.5 s"
+    assert not is_alive(pid)
+    await assert_next_works(hasty_pool)
+
+
+async def test_a_scorer_that_swallows_its_memory_errors_is_killed(hasty_pool: ScoringPool) -> None:
+    score = await hasty_pool.score("swallow memory errors", answer="")
+    assert score.outcome is Outcome.TIMEOUT
+    await assert_next_works(hasty_pool)
+
+
+@pytest.mark.parametrize(
+    ("deed", "detail"),
+    [
+        ("eat memory", "out of memory (verifier.memory_mib = 256)"),
+        ("exit", "SystemExit: 3"),
+        ("exit at once", "the scorer ended its process with code 0"),
+        ("kill", "the scorer was killed by SIGKILL"),
+        ("crash", "the scorer was killed by SIGSEGV"),
+        ("recurse", "RecursionError: maximum recursion depth exceeded"),
+        ("raise", "RuntimeError: some reason"),
+        ("close everything", ""),
+        ("nan", "ValueError: the scorer gave a reward of nan"),
+        ("no such deed", "KeyError: 'no such deed'"),
+    ],
+)
+async def test_a_scorer_that_fails_is_an_error_and_the_next_completion_is_scored(
+    pool: ScoringPool, deed: str, detail: str
+) -> None:
+    score = await pool.score(deed, answer="some\nreason")
+    assert (score.outcome, score.reward) == (Outcome.ERROR, 0.0)
+    assert score.detail.startswith(detail)
+    assert score.detail
+    await assert_next_works(pool)
+
+
+async def test_what_a_scorer_prints_is_not_taken_for_its_verdict(pool: ScoringPool) -> None:
+    assert await pool.score("print", answer="") == Score(Outcome.FAIL, 0.25, "printed")
+    await assert_next_works(pool)
+
+
+async def test_a_completion_may_be_large_and_hold_any_character(pool: ScoringPool) -> None:
+    for text in ("x" * 2_000_000, "\n\r\0\u2028", "\ud800", "ẞ漢\U0001f9ee"):
+        assert (await pool.score(text, answer="")).detail.startswith("KeyError")
+    await assert_next_works(pool)
+
+
+async def test_a_process_that_was_killed_while_idle_is_replaced_unnoticed(
+    pool: ScoringPool,
+) -> None:
+    pid = await pid_of(pool)
+    os.kill(pid, signal.SIGKILL)
+    await until_dead(pid)
+    await asyncio.sleep(0.05)  # the child watcher's thread has to report it
+    await assert_next_works(pool)
+
+
+async def test_a_process_keeps_its_task_from_one_completion_to_the_next(pool: ScoringPool) -> None:
+    assert await pid_of(pool) == await pid_of(pool)
+
+
+async def test_waiting_for_a_process_does_not_count_as_scoring_time() -> None:
+    async with make_pool(timeout_seconds=0.8) as pool:
+        scores = await asyncio.gather(*(pool.score("nap", answer="0.3") for _ in range(4)))
+        assert [score.outcome for score in scores] == [Outcome.PASS] * 4
+        assert pool.num_waiting == 0
+
+
+async def test_processes_score_side_by_side() -> None:
+    async with make_pool(num_workers=3) as pool:
+        started = time.monotonic()
+        naps = [asyncio.create_task(pool.score("nap", answer="0.5")) for _ in range(3)]
+        await asyncio.gather(*naps)
+        assert time.monotonic() - started < 1.4
+
+
+async def test_a_cancelled_call_gives_its_process_back(pool: ScoringPool, tmp_path: Path) -> None:
+    pid = await pid_of(pool)
+    call = asyncio.create_task(pool.score("signal start", answer=str(tmp_path / "started")))
+    async with asyncio.timeout(10.0):
+        while not (tmp_path / "started").exists():
+            await asyncio.sleep(0.01)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert not is_alive(pid)
+    await assert_next_works(pool)
+
+
+async def test_a_killed_scorer_takes_its_children_along(tmp_path: Path) -> None:
+    async with make_pool(timeout_seconds=2.0) as pool:
+        note = tmp_path / "child"
+        assert (await pool.score("leave a child", answer=str(note))).outcome is Outcome.TIMEOUT
+        await until_dead(int(note.read_text()))
+
+
+async def test_a_closed_pool_leaves_no_process() -> None:
+    async with make_pool(num_workers=3) as pool:
+        busy = [
+            asyncio.create_task(pool.score("nap", answer="1000")),
+            asyncio.create_task(pool.score("loop for ever", answer="")),
+        ]
+        pids = [slot._process.pid for slot in pool._all if slot._process is not None]
+        await asyncio.sleep(0)
+    assert len(pids) == 3
+    assert not any(is_alive(pid) for pid in pids)
+    for task in busy:
+        task.cancel()
+    await asyncio.wait(busy)
+
+
+@pytest.mark.parametrize(
+    ("load", "message"),
+    [
+        ("badly", "RuntimeError: no licence for this"),
+        ("dead", "the scorer ended its process with code 7"),
+        ("hungry", "out of memory"),
+    ],
+)
+async def test_a_task_that_cannot_be_loaded_stops_the_start(load: str, message: str) -> None:
+    with pytest.raises(StartError, match=message) as caught:
+        async with make_pool(num_workers=2, load=load):
+            pytest.fail("started")
+    assert "\n" not in str(caught.value)
+
+
+async def test_outcomes_are_counted(pool: ScoringPool) -> None:
+    counter = VERIFIER_RESULTS.labels(verifier=HOSTILE, result="error")
+    before = counter._value.get()
+    await pool.score("raise", answer="")
+    assert counter._value.get() == before + 1
+
+
+def test_the_scoring_processes_of_a_killed_verifier_die_with_it(tmp_path: Path) -> None:
+    program = (
+        "import asyncio\n"
+        "from tests.verifier.test_sandbox import make_pool\n"
+        "async def main():\n"
+        "    async with make_pool() as pool:\n"
+        "        pid = (await pool.score('pid', answer='')).detail\n"
+        "        asyncio.create_task(pool.score('loop for ever', answer=''))\n"
+        "        print(pid, flush=True)\n"
+        "        await asyncio.sleep(1000)\n"
+        "asyncio.run(main())\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as verifier:
+        assert verifier.stdout is not None
+        scorer = int(verifier.stdout.readline())
+        verifier.kill()
+    asyncio.run(until_dead(scorer))
