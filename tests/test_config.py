@@ -50,8 +50,8 @@ def test_every_run_file_that_is_shipped_is_valid(path: Path) -> None:
             "redis.max_prompts = 4096: needs room for 15000 groups",
         ),
         (
-            RUN + "[warmup]\n[checkpoint]\nevery_steps = 1000\n",
-            "redis.max_groups = 1024: `scored` holds up to",
+            RUN + "[warmup]\n[checkpoint]\nevery_steps = 4000\n",
+            "redis.max_groups = 4096: `scored` holds up to",
         ),
         (
             RUN + '[warmup]\n[policy_loss]\nloss_mode = "kl_cov"\nkl_cov_ratio = 0.2\n',

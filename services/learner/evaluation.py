@@ -74,7 +74,7 @@ class Evaluator:
             missing = [i for i in range(len(self._problems)) if i not in evaluation.results]
             await self._put(step, missing, attempt=1)
 
-    def add(self, group: ScoredGroup) -> dict[str, float] | None:
+    def add(self, group: ScoredGroup) -> dict[str, Any] | None:
         """Take a result; the finished evaluation's metrics once it was the last one."""
         uid = group.rollout.prompt.uid
         evaluation = self._under_way.get(uid.epoch)
@@ -200,8 +200,8 @@ def _problem_result(group: ScoredGroup) -> tuple[float, float, float]:
     return mean_reward, statistics.fmean(passes), float(any(passes))
 
 
-def _summary(step: int, evaluation: Evaluation) -> dict[str, float]:
-    results = list(evaluation.results.values())
+def _summary(step: int, evaluation: Evaluation) -> dict[str, Any]:
+    results = [result for _, result in sorted(evaluation.results.items())]
     rewards = [reward for reward, _, _ in results]
     spread = statistics.stdev(rewards) if len(rewards) > 1 else 0.0
     return {
@@ -214,4 +214,5 @@ def _summary(step: int, evaluation: Evaluation) -> dict[str, float]:
         "eval_pass_at_k": statistics.fmean(solved for _, _, solved in results),
         "eval_problems": float(len(results)),
         "eval_seconds": time.time() - evaluation.started_at,
+        "eval_problem_scores": rewards,
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection
+from typing import Any
 
 from services.learner.evaluation import Evaluator
 from services.learner.feeder import Feeder
@@ -39,7 +40,7 @@ class Inbox:
         ledger: Ledger,
         feeder: Feeder,
         evaluator: Evaluator,
-        on_evaluated: Callable[[dict[str, float]], None],
+        on_evaluated: Callable[[dict[str, Any]], None],
         max_staleness: int,
         max_attempts: int,
     ) -> None:

@@ -130,7 +130,7 @@ class Learner:
         self.progress.enter("has finished")
         logger.info("finished after %d steps", self.progress.step)
 
-    def on_evaluated(self, metrics: dict[str, float]) -> None:
+    def on_evaluated(self, metrics: dict[str, Any]) -> None:
         """An evaluation is complete: a point of the law, and a row of its own."""
         self.law.add_score(int(metrics["eval_policy_version"]), metrics["eval_score"])
         self._write({"step": self.progress.step, **metrics, **self.law.metrics()})

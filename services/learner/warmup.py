@@ -88,9 +88,10 @@ def _checked(config: RunConfig) -> tuple[WarmupConfig, DemonstratedTask]:
             f"task.name = {config.task.name!r}: has no demonstrations for a [warmup] to imitate;"
             " remove [warmup] and set model.path"
         )
-    if not (task.alphabet + task.end).isascii():
+    alphabet = task.alphabet + task.end
+    if not alphabet.isascii():
         raise ConfigError(
-            f"task.name = {config.task.name!r}: alphabet {task.alphabet + task.end!r}: must be ASCII"
+            f"task.name = {config.task.name!r}: its alphabet {alphabet!r} must be ASCII"
         )
     return warmup, task
 

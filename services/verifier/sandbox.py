@@ -143,6 +143,7 @@ class _Slot:
         """The outcome; whatever it is, the slot can be used again."""
         try:
             if self._process is None or self._process.returncode is not None:
+                await self.kill()
                 await self.start()
             async with asyncio.timeout(self._limits.timeout_seconds):
                 reply = await self._exchange([completion, answer])
@@ -155,6 +156,7 @@ class _Slot:
             code = await self.kill()
             return Score(Outcome.ERROR, 0.0, _explain_exit(code, self._limits))
         except (StartError, OSError) as error:
+            await self.kill()
             logger.error("a scoring process did not start: %s", error)
             return Score(Outcome.ERROR, 0.0, one_line(str(error)))
         except BaseException:
@@ -169,8 +171,9 @@ class _Slot:
             streams[1].transport.abort()
         if process is None:
             return None
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        if process.returncode is None:  # else its number may be another group's by now
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         return await process.wait()
 
     async def _launch(self) -> None:
@@ -189,7 +192,7 @@ class _Slot:
         """Send a line, read a line.
 
         Raises:
-            EOFError: the process died, or closed its end.
+            EOFError: the process died, closed its end, or wrote nonsense to it.
         """
         assert self._streams is not None
         reader, writer = self._streams
@@ -199,9 +202,10 @@ class _Slot:
             line = await reader.readline()
         except (BrokenPipeError, ConnectionResetError):
             raise EOFError from None
-        if not line.endswith(b"\n"):
-            raise EOFError
-        return json.loads(line)
+        try:
+            return json.loads(line)  # an empty line, when the connection is closed, is none
+        except ValueError:
+            raise EOFError from None
 
 
 def _explain_exit(code: int | None, limits: VerifierConfig) -> str:

@@ -48,7 +48,7 @@ class RedisConfig(Section):
     max_prompts: Count = 4096
     """Groups that may wait on `prompts`; the feeder waits beyond."""
 
-    max_groups: Count = 1024
+    max_groups: Count = 4096
     """Groups that may wait on `rollouts` and on `scored`; producers wait beyond."""
 
     max_attempts: Count = 5

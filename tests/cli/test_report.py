@@ -180,14 +180,12 @@ def step_row(step: int, entropy: float, draw: random.Random) -> Row:
         "mismatch_kl": 2e-4 * draw.uniform(0.5, 2.0),
         "clip_fraction_low": 0.004 * draw.random(),
         "clip_fraction_high": 0.009 * draw.random(),
-        "selected_tokens": 25,
         "tokens": 2500,
         "seconds": wait + train + 0.2,
         "wait_data_seconds": wait,
         "train_seconds": train,
         "publish_seconds": 0.15,
         "pause_seconds": 0.04,
-        "completion_length_mean": 19.0,
     }
 
 

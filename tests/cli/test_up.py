@@ -157,6 +157,15 @@ def test_a_replica_that_dies_only_degrades_and_is_welcomed_back(
         command = r"REDIS_URL=unix://\S+ \S+ -m services.rollout --config \S+run.toml --run-id \S+"
         assert re.search(command + " --name rollout-0", "".join(said))
         assert "warning: rollout-0 exited with status 3; training goes on" in "".join(said)
+        status = subprocess.run(
+            [sys.executable, "-m", "services.cli", "status", str(folder)],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert "doing               training" in status.stdout
+        assert "rollout-0" in status.stdout
         assert (folder / "redis-url").stat().st_mode & 0o777 == 0o600
     finally:
         launcher.process.send_signal(signal.SIGTERM)

@@ -228,7 +228,7 @@ def test_help_does_not_import_torch() -> None:
         ),
         (
             make_config(task="tests.learner.test_warmup:Accented"),
-            "alphabet 'é$': must be ASCII",
+            "its alphabet 'é$' must be ASCII",
         ),
         (
             parse_run('[run]\nname = "x"\nnum_steps = 1\n[model]\npath = "m"\n'),

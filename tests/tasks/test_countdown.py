@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from itertools import islice, permutations, product
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from shared.tasks.countdown import Countdown, outcome_chances, parse_answer, random_chain
 
-OPERATIONS = {
+OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,
     "*": lambda a, b: a * b,
@@ -107,6 +108,7 @@ def test_well_formed_chains_pass_only_if_the_oracle_has_them(data: st.DataObject
         ("", "not 2 steps"),
         ("$", "not 2 steps"),
         ("٣*4=12,7+12=19$", "not 2 steps"),
+        ("3*4=1٢,7+12=19$", "not 2 steps"),
         ("3*4=-12,7+12=19$", "not 2 steps"),
         ("3-7=-4,4--4=8$", "not 2 steps"),
         ("3*4=12,7*12=84$", "ends on 84, not 19"),
@@ -170,7 +172,7 @@ def test_the_cut_between_training_and_evaluation_never_moves() -> None:
 def test_every_problem_is_solvable_and_no_reachable_target_is_missing() -> None:
     found = {
         problem.answer for split in ("train", "eval") for problem in Countdown().problems(split)
-    }  # type: ignore[arg-type]
+    }
     for numbers in [(1, 1, 1), (3, 4, 7), (9, 9, 9), (2, 6, 8)]:
         text = " ".join(map(str, numbers))
         reachable = {target for target in range(1, 100) if every_solution(numbers, target)}

@@ -70,7 +70,7 @@ def test_an_answer_that_names_no_problem_is_an_error(task: ReasoningGymTask, ans
 )
 def test_what_the_library_refuses_is_refused(dataset: str, params: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="reasoning-gym refuses it"):
-        ReasoningGymTask(dataset, **params)  # type: ignore[arg-type]
+        ReasoningGymTask(dataset, **params)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from shared.tasks.task import Problem, Split, Verdict
@@ -60,10 +61,8 @@ def eat_memory(answer: str) -> Verdict:
 def swallow_memory_errors(answer: str) -> Verdict:
     hoard = []
     while True:
-        try:
+        with suppress(MemoryError):
             hoard.append(bytearray(2**20))
-        except MemoryError:
-            pass
 
 
 def kill_self(answer: str) -> Verdict:
@@ -89,6 +88,13 @@ def close_everything(answer: str) -> Verdict:
     return PASS
 
 
+def scribble(answer: str) -> Verdict:
+    for descriptor in range(3, 100):
+        with suppress(OSError):
+            os.write(descriptor, b"nonsense\n")
+    return PASS
+
+
 def print_much(answer: str) -> Verdict:
     print('{"outcome": "pass"}')
     os.write(1, b'{"outcome": "pass", "reward": 9, "detail": ""}\n')
@@ -108,6 +114,13 @@ def write_pid(answer: str) -> Verdict:
 
 def nap(answer: str) -> Verdict:
     time.sleep(float(answer))
+    return PASS
+
+
+def meet_two_others(answer: str) -> Verdict:
+    (Path(answer) / str(os.getpid())).touch()
+    while len(list(Path(answer).iterdir())) < 3:
+        time.sleep(0.01)
     return PASS
 
 
@@ -133,9 +146,11 @@ DEEDS: dict[str, Callable[[str], Verdict]] = {
     "raise": raise_error,
     "close everything": close_everything,
     "print": print_much,
+    "scribble": scribble,
     "leave a child": leave_a_child,
     "pid": write_pid,
     "nap": nap,
+    "meet": meet_two_others,
     "signal start": signal_start,
 }
 

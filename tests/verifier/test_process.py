@@ -7,9 +7,10 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
 import pytest
@@ -27,6 +28,7 @@ from shared.stream import Depth, Streams, open_streams
 from shared.tasks.countdown import Countdown
 from shared.tokenizer import Tokenizer, save_characters
 from tests.verifier.test_worker import make_group
+from tests.verifier.waiting import SECONDS, is_alive, until
 
 pytestmark = pytest.mark.integration
 
@@ -43,11 +45,11 @@ name = "{task}"
 max_completion_tokens = 32
 [network]
 lease_seconds = 1.0
+call_timeout_seconds = 2.0
 [redis]
 url = "{url}"
 reclaim_seconds = 0.5
 """
-SECONDS = 60.0
 
 
 class Verifiers:
@@ -99,12 +101,6 @@ async def opened(run_file: Path) -> AsyncIterator[tuple[Streams, Registry]]:
         yield streams, Registry(streams.client, prefix=streams.prefix)
 
 
-async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(SECONDS):
-        while not await condition():
-            await asyncio.sleep(0.02)
-
-
 async def until_leased(registry: Registry, name: str) -> Member:
     async def is_there() -> bool:
         return name in [member.name for member in await registry.members("verifier")]
@@ -138,7 +134,7 @@ async def test_a_verifier_serves_the_stream_and_callers_and_ends_in_order(
             assert each.verifier == "one"
 
         async with open_channel(member.address) as channel:
-            health = health_pb2_grpc.HealthStub(channel)
+            health: Any = health_pb2_grpc.HealthStub(channel)
             answer = await health.Check(health_pb2.HealthCheckRequest(service=SERVICE))
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
             status = await VerifierStub(channel).GetStatus(GetVerifierStatusRequest())
@@ -154,7 +150,7 @@ async def test_a_verifier_serves_the_stream_and_callers_and_ends_in_order(
         assert await asyncio.to_thread(process.wait, SECONDS) == 0
         assert await registry.members("verifier") == []
         assert len(scorers) == 1
-        assert not any(Path(f"/proc/{pid}").exists() for pid in scorers)
+        assert not any(is_alive(pid) for pid in scorers)
 
 
 async def test_what_a_killed_verifier_had_claimed_is_scored_by_another(

@@ -16,6 +16,7 @@ from shared.config.services import TaskConfig, VerifierConfig
 from shared.errors import StartError
 from shared.metrics import VERIFIER_RESULTS
 from shared.records import Outcome, Score
+from tests.verifier.waiting import is_alive, until_dead, until_exists
 
 HOSTILE = "tests.verifier.hostile:HostileTask"
 
@@ -45,21 +46,6 @@ async def pid_of(pool: ScoringPool) -> int:
     return int((await pool.score("pid", answer="")).detail)
 
 
-def is_alive(pid: int) -> bool:
-    """False for a process that is gone or waits to be reaped."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
-
-
-async def until_dead(pid: int) -> None:
-    async with asyncio.timeout(10.0):
-        while is_alive(pid):
-            await asyncio.sleep(0.01)
-
-
 async def assert_next_works(pool: ScoringPool) -> None:
     assert await pool.score("pass", answer="") == Score(Outcome.PASS, 1.0, "fine")
 
@@ -78,7 +64,7 @@ async def test_a_scorer_that_never_returns_is_killed(hasty_pool: ScoringPool, de
     started = time.monotonic()
     score = await hasty_pool.score(deed, answer="")
     assert (score.outcome, score.reward) == (Outcome.TIMEOUT, 0.0)
-    assert 0.5 <= time.monotonic() - started < 3.0
+    assert 0.5 <= time.monotonic() - started < 10.0
     assert score.detail == "killed after 0.5 s"
     assert not is_alive(pid)
     await assert_next_works(hasty_pool)
@@ -101,6 +87,7 @@ async def test_a_scorer_that_swallows_its_memory_errors_is_killed(hasty_pool: Sc
         ("recurse", "RecursionError: maximum recursion depth exceeded"),
         ("raise", "RuntimeError: some reason"),
         ("close everything", ""),
+        ("scribble", ""),
         ("nan", "ValueError: the scorer gave a reward of nan"),
         ("no such deed", "KeyError: 'no such deed'"),
     ],
@@ -131,8 +118,9 @@ async def test_a_process_that_was_killed_while_idle_is_replaced_unnoticed(
 ) -> None:
     pid = await pid_of(pool)
     os.kill(pid, signal.SIGKILL)
-    await until_dead(pid)
-    await asyncio.sleep(0.05)  # the child watcher's thread has to report it
+    process = pool._all[0]._process
+    assert process is not None
+    await process.wait()
     await assert_next_works(pool)
 
 
@@ -141,26 +129,22 @@ async def test_a_process_keeps_its_task_from_one_completion_to_the_next(pool: Sc
 
 
 async def test_waiting_for_a_process_does_not_count_as_scoring_time() -> None:
-    async with make_pool(timeout_seconds=0.8) as pool:
-        scores = await asyncio.gather(*(pool.score("nap", answer="0.3") for _ in range(4)))
+    async with make_pool(timeout_seconds=2.0) as pool:
+        scores = await asyncio.gather(*(pool.score("nap", answer="0.7") for _ in range(4)))
         assert [score.outcome for score in scores] == [Outcome.PASS] * 4
         assert pool.num_waiting == 0
 
 
-async def test_processes_score_side_by_side() -> None:
+async def test_processes_score_side_by_side(tmp_path: Path) -> None:
     async with make_pool(num_workers=3) as pool:
-        started = time.monotonic()
-        naps = [asyncio.create_task(pool.score("nap", answer="0.5")) for _ in range(3)]
-        await asyncio.gather(*naps)
-        assert time.monotonic() - started < 1.4
+        scores = await asyncio.gather(*(pool.score("meet", answer=f"{tmp_path}") for _ in range(3)))
+        assert [score.outcome for score in scores] == [Outcome.PASS] * 3
 
 
 async def test_a_cancelled_call_gives_its_process_back(pool: ScoringPool, tmp_path: Path) -> None:
     pid = await pid_of(pool)
     call = asyncio.create_task(pool.score("signal start", answer=str(tmp_path / "started")))
-    async with asyncio.timeout(10.0):
-        while not (tmp_path / "started").exists():
-            await asyncio.sleep(0.01)
+    await until_exists(tmp_path / "started")
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call

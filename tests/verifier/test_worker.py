@@ -21,6 +21,7 @@ from shared.stream import Depth
 from shared.tasks.countdown import Countdown
 from shared.tokenizer import Tokenizer, save_characters
 from tests.factories import make_prompt
+from tests.verifier.waiting import until
 
 SOLUTION, CUT_OFF, WRONG = "1+2=3,3+3=6$", "1+2=3,3+3=6", "1+2=3,3*3=9$"
 
@@ -76,11 +77,9 @@ class Scene:
     async def run_until(self, condition: Callable[[], Awaitable[bool]]) -> None:
         """Run the worker until the condition holds, then stop it in order."""
         running = asyncio.create_task(self.worker.run(self.stop))
-        async with asyncio.timeout(20.0):
-            while not await condition():
-                await asyncio.sleep(0.005)
-            self.stop.set()
-            await running
+        await until(condition)
+        self.stop.set()
+        await running
 
     async def is_done(self) -> bool:
         return await self.rollouts.depth() == Depth(waiting=0, pending=0)
@@ -223,9 +222,7 @@ async def test_no_more_groups_are_claimed_than_there_are_places(
         return await scene.rollouts.depth() == Depth(waiting=3, pending=2)
 
     running = asyncio.create_task(scene.worker.run(scene.stop))
-    async with asyncio.timeout(20.0):
-        while not await is_stuck():
-            await asyncio.sleep(0.005)
+    await until(is_stuck)
     await scene.worker.adopt(idle_seconds=0.0, alive=[])
     assert await is_stuck()
     running.cancel()
