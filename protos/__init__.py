@@ -1,0 +1,1 @@
+"""The wire: messages and services, with the Python generated from them."""

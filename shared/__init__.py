@@ -1,0 +1,1 @@
+"""What carries: one file an external system, and `shared.rl`, which decides."""

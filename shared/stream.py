@@ -244,7 +244,7 @@ async def open_streams(
     client = connect(url)
     try:
         await _answered(client, url, timeout_seconds)
-        prefix = f"isentrope:{{{run_id}}}:"
+        prefix = key_prefix(run_id)
         capacities = {
             PROMPTS: max_prompts,
             ROLLOUTS: max_groups,
@@ -282,16 +282,21 @@ async def check_server(url: str, *, timeout_seconds: float) -> None:
         await client.aclose()
 
 
-def connect(url: str) -> Any:
-    """A client that retries for about ten seconds, so that a server's restart is survived."""
+def connect(url: str, *, timeout_seconds: float = 30.0, retries: int = 8) -> Any:
+    """A client; eight retries last about ten seconds, so a server's restart is survived."""
     return redis.Redis.from_url(
         url,
-        retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=2.0), 8),
+        retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=2.0), retries),
         retry_on_error=[RedisTimeoutError],
-        socket_connect_timeout=5.0,
-        socket_timeout=30.0,
+        socket_connect_timeout=min(5.0, timeout_seconds),
+        socket_timeout=timeout_seconds,
         health_check_interval=15,
     )
+
+
+def key_prefix(run_id: str) -> str:
+    """What every key of a run begins with; its hash tag keeps a run on one shard of a cluster."""
+    return f"isentrope:{{{run_id}}}:"
 
 
 async def put_when_room(

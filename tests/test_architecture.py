@@ -1,4 +1,4 @@
-"""The three rings: `shared.rl` decides, `shared` carries, `services` run. Nothing points back up."""
+"""The rings: `shared.rl` decides, `shared` carries, `services` run. Nothing points back up."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ HOMES = {
     "prometheus_client": {"shared/metrics.py"},
     "vllm": {"services/rollout/engine.py", "services/rollout/weight_receiver.py"},
     "deepspeed": {"services/learner/engine.py", "services/learner/ranks.py"},
-    "pebble": {"services/verifier/sandbox.py"},
     "matplotlib": {"services/cli/figures.py"},
     "reasoning_gym": {"shared/tasks/reasoning_gym.py"},
     "math_verify": {"shared/tasks/math.py"},

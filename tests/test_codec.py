@@ -54,7 +54,7 @@ def broken(**changes: object) -> bytes:
         if isinstance(value, bytes):
             setattr(completion, name, value)
         elif value is not None:
-            completion.version_runs.add(policy_version=0, num_tokens=value)  # type: ignore[arg-type]
+            completion.version_runs.add(policy_version=0, num_tokens=value)
     return message.SerializeToString()
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import redis.asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos import learner_pb2, learner_pb2_grpc, rollout_pb2, rollout_pb2_grpc, verifier_pb2_grpc
@@ -18,6 +17,7 @@ from services.cli.measurements import Row, RowReader
 from shared.errors import PeerError, StreamError
 from shared.lease import Member, Registry
 from shared.rpc import call, open_channel
+from shared.stream import connect, key_prefix
 
 _CALL_SECONDS = 2.0
 _STATE_PREFIX = "REPLICA_STATE_"
@@ -77,10 +77,8 @@ class Observer:
     """Looks at one run again and again; close it."""
 
     def __init__(self, *, redis_url: str, run_id: str, metrics: Path) -> None:
-        self._client: Any = redis.asyncio.Redis.from_url(
-            redis_url, socket_connect_timeout=_CALL_SECONDS, socket_timeout=_CALL_SECONDS
-        )
-        self._registry = Registry(self._client, prefix=f"isentrope:{{{run_id}}}:")
+        self._client = connect(redis_url, timeout_seconds=_CALL_SECONDS, retries=0)
+        self._registry = Registry(self._client, prefix=key_prefix(run_id))
         self._rows = RowReader(metrics)
         self._channels: dict[str, grpc.aio.Channel] = {}
 

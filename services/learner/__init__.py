@@ -1,0 +1,1 @@
+"""The learner service: owns the run, trains with DeepSpeed."""

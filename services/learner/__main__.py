@@ -9,7 +9,7 @@ from shared.process import ServiceArguments, run_service
 
 
 async def main(given: ServiceArguments, stop: asyncio.Event) -> None:
-    """Import torch and deepspeed only now, when the arguments and the run file are known to be right."""
+    """Import torch and deepspeed only now, when arguments and run file are known to be right."""
     from services.learner.app import run_rank
 
     await run_rank(given, stop)

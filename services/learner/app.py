@@ -7,7 +7,7 @@ import logging
 from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from protos import learner_pb2_grpc as pb_grpc
 from services.learner.engine import LearnerEngine
@@ -199,7 +199,7 @@ def _wire(
 def _backend(config: RunConfig) -> Literal["gloo", "nccl"]:
     if config.weights.backend == "auto":
         return "nccl" if find_device() == "cuda" else "gloo"
-    return cast(Literal["gloo", "nccl"], config.weights.backend)
+    return config.weights.backend
 
 
 def _canary(problems: Sequence[Problem], tokenizer: Tokenizer) -> array[int]:

@@ -2,8 +2,8 @@
 
     checkpoints/step-000020/  engine/...  state.json  manifest.json
 
-Everything is written to a temporary sibling and synced, the manifest (sizes and CRCs) last, then the
-folder is renamed. A folder without a manifest that fits is damaged, and is never loaded silently.
+Everything is written to a temporary sibling and synced, the manifest (sizes and CRCs) last, then
+the folder is renamed. A folder whose manifest does not fit is damaged, and is never loaded.
 """
 
 from __future__ import annotations

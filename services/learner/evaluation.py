@@ -175,8 +175,8 @@ class LawFit:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to a checkpoint's state."""
-        self._entropies = {version: value for version, value in state["entropies"]}
-        self._scores = {version: value for version, value in state["scores"]}
+        self._entropies = dict(state["entropies"])
+        self._scores = dict(state["scores"])
 
     def _points(self) -> list[tuple[float, float]]:
         both = sorted(set(self._entropies) & set(self._scores))

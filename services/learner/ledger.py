@@ -131,7 +131,7 @@ class Ledger:
                 )
         self.cursor, self.frontier = state["cursor"], state["frontier"]
         self.done, self.abandoned = set(state["done"]), set(state["abandoned"])
-        self.outstanding = {position: attempt for position, attempt in state["outstanding"]}
+        self.outstanding = dict(state["outstanding"])
 
     def _uid(self, position: int) -> GroupUid:
         epoch, index = divmod(position, self.num_problems)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,7 +50,7 @@ class WeightSource(Protocol):
 
     def weights(self) -> Iterator[tuple[str, Any]]: ...
 
-    def score_tokens(self, token_ids: Collection[int]) -> list[float]: ...
+    def score_tokens(self, token_ids: Sequence[int]) -> list[float]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class Publisher:
             await self._announce(policy_version)
         return Publication(
             policy_version,
-            served=tuple(peer.name for peer in pauses),
+            served=tuple(peer.name for peer in targets if peer in pauses),
             failed=tuple(peer.name for peer in targets if peer not in pauses),
             seconds=time.monotonic() - started,
             pause_seconds=max(pauses.values(), default=0.0),

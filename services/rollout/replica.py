@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 from enum import Enum
 
-
 REMEMBERED_VERSIONS = 256
 """A completion that saw a version older than this many publications is sampled again."""
 
@@ -110,7 +109,7 @@ class Replica:
             self._changed.notify_all()
 
     async def wait_to_serve(self, *, min_policy_version: int) -> bool:
-        """Wait until this replica serves that version or a later one; False if it drains instead."""
+        """Wait until this replica serves that version or a later one; False if it drains first."""
         async with self._changed:
             await self._changed.wait_for(
                 lambda: (

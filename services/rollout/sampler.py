@@ -1,8 +1,8 @@
 """The rollout loop: prompt groups in, rollout groups out.
 
 Consumes `prompts`. Waits for: the replica to serve, a free place, an entry; and, before a group
-is handed on, for the learner's word on every version it saw. Unblocked by the learner's publications.
-Stops when the replica drains: what is in flight is finished first.
+is handed on, for the learner's word on every version it saw. Unblocked by publications. Stops when
+the replica drains: what is in flight is finished first.
 """
 
 from __future__ import annotations

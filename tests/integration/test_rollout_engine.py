@@ -97,7 +97,7 @@ class Learner:
         self.group, _ = await asyncio.gather(
             asyncio.to_thread(open_group, mine, self.store), self.engine.join_group(spec)
         )
-        return self.group
+        return self.group  # type: ignore[return-value]
 
     def leave(self) -> None:
         if self.group is not None:
@@ -299,6 +299,7 @@ async def test_a_transfer_that_breaks_off_leaves_the_old_weights_and_the_next_wo
     with pytest.raises(BroadcastError, match="a peer is gone"):
         await engine.commit_update(learner.version, timeout_seconds=10)
 
+    assert serving is not None
     assert engine.policy_version == serving
     assert (await running).version_runs == (VersionRun(serving, 200),)
     await assert_serves(engine, old)
@@ -361,7 +362,7 @@ async def test_a_group_that_never_forms_fails_at_the_deadline(engine: VllmEngine
 async def test_weights_of_another_model_stop_sampling_until_a_whole_version_arrives(
     engine: VllmEngine, learner: Learner
 ) -> None:
-    class Incomplete(Qwen2ForCausalLM):  # lacks its last parameter
+    class Incomplete(Qwen2ForCausalLM):  # type: ignore[misc]  # lacks its last parameter
         def named_parameters(self, *args, **kwargs):  # type: ignore[no-untyped-def]
             yield from list(super().named_parameters(*args, **kwargs))[:-1]
 

@@ -8,7 +8,7 @@ import pytest
 
 from services.learner.evaluation import Evaluator
 from services.learner.feeder import Feeder
-from services.learner.inbox import CONSUMER, Inbox, group_staleness
+from services.learner.inbox import Inbox, group_staleness
 from services.learner.ledger import Ledger
 from shared.codec import decode_prompt_group, encode_scored_group
 from shared.config import parse_run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from array import array
-from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ from shared.broadcast import (
     open_group,
     receive_weights,
 )
-from shared.errors import BroadcastError
+from shared.errors import BroadcastError, StreamError
 from shared.lease import Registry
 from shared.rpc import serve
 from shared.stream import Streams
@@ -54,7 +54,7 @@ class TwoTensors:
     def weights(self) -> Iterator[tuple[str, Any]]:
         yield from self.parameters.items()
 
-    def score_tokens(self, token_ids: Collection[int]) -> list[float]:
+    def score_tokens(self, token_ids: Sequence[int]) -> list[float]:
         return [float(sum(tensor.sum() for tensor in self.parameters.values()))] * 2
 
 
@@ -296,12 +296,14 @@ async def test_a_restarted_process_takes_its_name_and_the_old_one_must_stop(
 ) -> None:
     registry = Registry(streams.client, prefix=streams.prefix)
     addresses = {"address": "h:1", "metrics_address": "h:2", "seconds": 0.3}
-    async with registry.hold("rollout", "same", **addresses) as old:  # type: ignore[arg-type]
-        async with registry.hold("rollout", "same", **addresses) as new:  # type: ignore[arg-type]
-            with pytest.raises(Exception, match="another process holds the name 'same'"):
-                await asyncio.wait_for(old, 5.0)
-            assert not new.done()
-            assert [member.name for member in await registry.members("rollout")] == ["same"]
+    async with (
+        registry.hold("rollout", "same", **addresses) as old,  # type: ignore[arg-type]
+        registry.hold("rollout", "same", **addresses) as new,  # type: ignore[arg-type]
+    ):
+        with pytest.raises(StreamError, match="another process holds the name 'same'"):
+            await asyncio.wait_for(old, 5.0)
+        assert not new.done()
+        assert [member.name for member in await registry.members("rollout")] == ["same"]
 
 
 async def test_a_lease_runs_out_when_its_holder_is_gone(streams: Streams) -> None:

@@ -12,7 +12,7 @@ SECONDS = 60.0
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
     """Return once the condition holds; fail if it takes too long."""
     async with asyncio.timeout(SECONDS):
-        while not await condition():  # noqa: ASYNC110
+        while not await condition():
             await asyncio.sleep(0.005)
 
 
