@@ -111,12 +111,21 @@ def save_characters(alphabet: str, *, end: str, folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def _load(path: str) -> Any:
+def check_model_path(path: str) -> None:
+    """Refuse what can be neither a folder nor a hub name; reads nothing.
+
+    Raises:
+        StartError: there is no such folder.
+    """
     if not Path(path).is_dir() and not _may_be_hub_name(path):
         raise StartError(
             f"model.path = {path!r}: no such model folder; give a folder in Hugging Face form, or"
             " remove it to train a small model with [warmup]"
         )
+
+
+def _load(path: str) -> Any:
+    check_model_path(path)
     from transformers import AutoTokenizer
 
     try:

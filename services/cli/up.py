@@ -40,6 +40,7 @@ from services.cli.watch import Watch
 from shared.config import Environment, RunConfig, load_run
 from shared.redis_server import RedisServer, prepare_redis, until_redis_answers
 from shared.stream import check_server
+from shared.tokenizer import check_model_path
 
 INTERRUPTED = 130
 _POLL_SECONDS = 0.2
@@ -68,6 +69,9 @@ def up(order: Order, *, plan: Plan = plan_services) -> int:
     config = load_run(order.run_file)
     check_ports(config)
     check_task(config)
+    if config.model.path is not None:
+        check_model_path(config.model.path)
+    asyncio.run(_check_redis(config))
     choose = resumed_run if order.is_resumed else new_run
     folder = choose(config, order.run_file, order.run_id)
     started_at = time.monotonic()
@@ -148,10 +152,7 @@ class _Launcher:
         """What the services are told, with a Redis that was started where it is this run's own."""
         url = _given_redis_url(self._config) if server is None else server.url
         assert url is not None
-        if server is None:
-            timeout_seconds = self._config.network.call_timeout_seconds
-            await check_server(url, timeout_seconds=timeout_seconds)
-        else:
+        if server is not None:
             await self._start_redis(supervisor, server)
         self._folder.write_redis_url(url)
         return RunIdentity(
@@ -246,6 +247,13 @@ def _progress(order: Order, config: RunConfig, folder: RunFolder) -> Iterator[Pr
 
 def _needs_warmup(config: RunConfig) -> bool:
     return config.model.path is None and not Path(config.model_path).exists()
+
+
+async def _check_redis(config: RunConfig) -> None:
+    """See that a Redis of the person's own answers, before anything takes time."""
+    url = _given_redis_url(config)
+    if url is not None:
+        await check_server(url, timeout_seconds=config.network.call_timeout_seconds)
 
 
 def _given_redis_url(config: RunConfig) -> str | None:

@@ -374,14 +374,18 @@ def _initialise(policy: Policy, config: RunConfig, device: torch.device, local_r
         weight_decay=learner.weight_decay,
     )
 
-    def warm_up(step: int) -> float:
-        return min(1.0, (step + 1) / max(1, learner.lr_warmup_steps))
+    total_steps = config.run.num_steps * learner.optimizer_steps_per_batch
+
+    def schedule(step: int) -> float:
+        rising = min(1.0, (step + 1) / max(1, learner.lr_warmup_steps))
+        falling = 1.0 - step / total_steps if learner.lr_schedule == "linear" else 1.0
+        return rising * max(0.0, falling)
 
     with _silence():
         engine, *_ = deepspeed.initialize(
             model=policy,
             optimizer=optimizer,
-            lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, warm_up),
+            lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, schedule),
             config=_deepspeed_config(config),
         )
     if learner.zero_stage == 3:

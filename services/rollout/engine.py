@@ -428,7 +428,8 @@ class VllmEngine:
 
     async def _watch_processes(self) -> None:
         """Sets `_dead`, once, when vLLM or the process table says that the engine ended."""
-        while not self._llm.errored and all(process.is_alive() for process in self._processes):
+        # A process sets no event, so this has to ask.
+        while not self._llm.errored and all(each.is_alive() for each in self._processes):  # noqa: ASYNC110
             await asyncio.sleep(_DEATH_POLL_SECONDS)
         self._dead.set()
 

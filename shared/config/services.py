@@ -179,7 +179,10 @@ class LearnerConfig(Section):
     0 is synchronous RL."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
-    """Of AdamW, constant after warm-up."""
+    """Of AdamW, after warm-up."""
+
+    lr_schedule: Literal["constant", "linear"] = "constant"
+    """`linear` falls to 0 at the run's last step."""
 
     lr_warmup_steps: Index = 0
     """Optimiser steps of linear warm-up."""
