@@ -8,6 +8,7 @@ alert needs to see at zero are initialised here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 
 from prometheus_client import (
     REGISTRY,
@@ -15,6 +16,7 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
+    Info,
     disable_created_metrics,
     start_http_server,
 )
@@ -25,6 +27,9 @@ from prometheus_client.registry import Collector
 from shared.errors import StartError
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
+
+BUILD = Info("isentrope_build", "Version of the code.")
+RUN = Info("isentrope_run", "What this process is part of.")
 
 RPC_HANDLED = Counter("isentrope_grpc_server_handled_total", "Calls answered.", ["method", "code"])
 RPC_SECONDS = Histogram(
@@ -42,6 +47,9 @@ QUEUE_LAG = Gauge(
 )
 QUEUE_PENDING = Gauge(
     "isentrope_queue_pending_messages", "Messages delivered and not acknowledged.", ["stream"]
+)
+QUEUE_OLDEST = Gauge(
+    "isentrope_queue_oldest_pending_seconds", "Age of the oldest pending message.", ["stream"]
 )
 BACKPRESSURE_SECONDS = Counter(
     "isentrope_queue_backpressure_seconds_total", "Time a producer waited for room.", ["stream"]
@@ -139,6 +147,7 @@ LEARNER_REISSUED = Counter(
     "isentrope_learner_groups_reissued_total", "Prompt groups issued again.", ["reason"]
 )
 
+LEARNER_ENTROPY_BOUND = Gauge("isentrope_learner_entropy_bound_nats", "AEnt's band.", ["bound"])
 LEARNER_CHECKPOINTS = Counter(
     "isentrope_learner_checkpoints_total", "Checkpoints by result.", ["result"]
 )
@@ -229,6 +238,12 @@ def learner_gauges(registry: CollectorRegistry = REGISTRY) -> LearnerGauges:
     gauges = LearnerGauges()
     registry.register(gauges)
     return gauges
+
+
+def describe_process(*, run_id: str, model: str, algorithm: str) -> None:
+    """Say once, for all series of this process, which run they belong to."""
+    BUILD.info({"version": version("isentrope")})
+    RUN.info({"run": run_id, "model": model, "algorithm": algorithm})
 
 
 def serve_metrics(*, host: str, port: int) -> int:

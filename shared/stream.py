@@ -18,7 +18,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -65,10 +65,15 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Depth:
-    """Messages of a stream: never delivered, and delivered but not acknowledged."""
+    """Messages of a stream: never delivered, and delivered but not acknowledged.
+
+    Attributes:
+        oldest_pending_seconds: since the oldest pending message was put; 0 if none is pending.
+    """
 
     waiting: int
     pending: int
+    oldest_pending_seconds: float = field(default=0.0, compare=False)
 
 
 class Stream(Protocol):
@@ -191,8 +196,13 @@ class RedisStream:
     async def depth(self) -> Depth:
         with _translated(self._key):
             length = await self._client.xlen(self._key)
-            pending = (await self._client.xpending(self._key, self._group))["pending"]
-        return Depth(waiting=length - pending, pending=pending)
+            summary = await self._client.xpending(self._key, self._group)
+        pending: int = summary["pending"]
+        age = 0.0
+        if pending:
+            put_at_ms = int(summary["min"].decode().split("-")[0])
+            age = max(0.0, time.time() - put_at_ms / 1000)
+        return Depth(length - pending, pending, age)
 
     async def create(self) -> None:
         """Make the stream and its group; keeps what is there."""

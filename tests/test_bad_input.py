@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -91,12 +92,12 @@ def test_a_run_that_is_not_there_to_be_resumed(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def taken_port() -> int:
+def taken_port() -> Iterator[int]:
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     listener.listen()
     port: int = listener.getsockname()[1]
-    yield port  # type: ignore[misc]
+    yield port
     listener.close()
 
 

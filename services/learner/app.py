@@ -23,7 +23,12 @@ from services.learner.service import SERVICE, LearnerServicer
 from shared.config import RunConfig
 from shared.device import find_device
 from shared.lease import Registry
-from shared.metrics import learner_gauges, serve_metrics
+from shared.metrics import (
+    LEARNER_ENTROPY_BOUND,
+    describe_process,
+    learner_gauges,
+    serve_metrics,
+)
 from shared.process import ServiceArguments
 from shared.rpc import serve
 from shared.stream import Streams, check_server, open_streams
@@ -67,7 +72,7 @@ async def _lead(
 ) -> None:
     """Rank 0: serve, hold the lease, run the loop."""
     config, network = given.config, given.config.network
-    metrics_port = serve_metrics(host=network.host, port=network.metrics_port)
+    metrics_port = _serve_metrics(given)
     async with open_streams(
         given.redis_url,
         run_id=given.run_id,
@@ -194,6 +199,18 @@ def _wire(
         progress=Progress(),
     )
     return learner
+
+
+def _serve_metrics(given: ServiceArguments) -> int:
+    config = given.config
+    describe_process(
+        run_id=given.run_id, model=config.model_path, algorithm=config.policy_loss.loss_mode
+    )
+    if config.entropy.method == "aent":
+        band = config.adaptive_entropy
+        LEARNER_ENTROPY_BOUND.labels(bound="lower").set(band.entropy_low)
+        LEARNER_ENTROPY_BOUND.labels(bound="upper").set(band.entropy_high)
+    return serve_metrics(host=config.network.host, port=config.network.metrics_port)
 
 
 def _backend(config: RunConfig) -> Literal["gloo", "nccl"]:

@@ -192,7 +192,13 @@ class Learner:
     def _record(
         self, batch: list[ScoredGroup], report: StepReport, *, seconds: float, pause: float
     ) -> None:
-        count_step(batch, report, phases=self.phases, seconds=seconds)
+        count_step(
+            batch,
+            report,
+            loss_mode=self.config.policy_loss.loss_mode,
+            phases=self.phases,
+            seconds=seconds,
+        )
         row = step_row(
             batch,
             report,

@@ -22,6 +22,7 @@ from shared.metrics import (
     QUEUE_CAPACITY,
     QUEUE_LAG,
     QUEUE_LENGTH,
+    QUEUE_OLDEST,
     QUEUE_PENDING,
 )
 from shared.records import ScoredGroup
@@ -29,7 +30,12 @@ from shared.stream import Streams
 
 
 def count_step(
-    batch: Sequence[ScoredGroup], report: StepReport, *, phases: Mapping[str, float], seconds: float
+    batch: Sequence[ScoredGroup],
+    report: StepReport,
+    *,
+    loss_mode: str,
+    phases: Mapping[str, float],
+    seconds: float,
 ) -> None:
     """Add a step to the counters and histograms."""
     metrics = report.metrics
@@ -41,7 +47,8 @@ def count_step(
     LEARNER_DEGENERATE.labels(reason="all_wrong").inc(metrics.get("groups_all_wrong", 0))
     LEARNER_NONFINITE.labels(tensor="loss").inc(metrics.get("nonfinite_loss", 0))
     LEARNER_NONFINITE.labels(tensor="grad").inc(metrics.get("nonfinite_grad", 0))
-    LEARNER_INTERVENED.labels(mechanism="covariance").inc(metrics.get("selected_tokens", 0))
+    if "selected_tokens" in metrics:
+        LEARNER_INTERVENED.labels(mechanism=loss_mode).inc(metrics["selected_tokens"])
     for phase, spent in phases.items():
         LEARNER_PHASE.labels(phase=phase).inc(spent)
     for side in ("low", "high"):
@@ -104,6 +111,7 @@ async def observe_queues(streams: Streams) -> dict[str, int]:
         QUEUE_LAG.labels(stream=stream.name).set(depth.waiting)
         QUEUE_PENDING.labels(stream=stream.name).set(depth.pending)
         QUEUE_CAPACITY.labels(stream=stream.name).set(stream.capacity)
+        QUEUE_OLDEST.labels(stream=stream.name).set(depth.oldest_pending_seconds)
     return waiting
 
 

@@ -14,7 +14,7 @@ from services.rollout.service import SERVICE, RolloutServicer
 from shared.device import find_device
 from shared.errors import EngineError, StreamError
 from shared.lease import Registry
-from shared.metrics import serve_metrics
+from shared.metrics import describe_process, serve_metrics
 from shared.process import ServiceArguments
 from shared.rpc import serve
 from shared.stream import Streams, check_server, open_streams
@@ -73,6 +73,9 @@ async def _serve(
         sampler=sampler,
         stop_token_ids=stop_token_ids,
         max_length=config.model.max_length,
+    )
+    describe_process(
+        run_id=given.run_id, model=config.model_path, algorithm=config.policy_loss.loss_mode
     )
     metrics_port = serve_metrics(host=config.network.host, port=config.network.metrics_port)
     registry = Registry(streams.client, prefix=streams.prefix)

@@ -90,7 +90,7 @@ class Sampler:
     async def run(self) -> None:
         """The loop; first what this name left pending when it last died."""
         backlog: list[Entry] | None = None
-        while await self._replica.wait_to_serve(min_policy_version=0):
+        while await self._may_serve():
             try:
                 if backlog is None:
                     backlog = await self._prompts.pending(self._name)
@@ -100,6 +100,14 @@ class Sampler:
                 await asyncio.sleep(RETRY_SECONDS)
         if self._in_flight:
             await asyncio.gather(*self._in_flight)
+
+    async def _may_serve(self) -> bool:
+        """Wait until this replica serves; False once it drains."""
+        started, was_idle = time.monotonic(), not self._in_flight
+        serves = await self._replica.wait_to_serve(min_policy_version=0)
+        if was_idle:
+            ROLLOUT_IDLE.labels(cause="weight_sync").inc(time.monotonic() - started)
+        return serves
 
     async def adopt(self, *, idle_seconds: float, alive: Collection[str]) -> None:
         """Take over groups of replicas that died, as far as there are places."""

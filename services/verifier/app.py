@@ -12,7 +12,7 @@ from services.verifier.service import SERVICE, VerifierServicer
 from services.verifier.worker import Worker
 from shared.errors import StreamError
 from shared.lease import Registry
-from shared.metrics import serve_metrics
+from shared.metrics import describe_process, serve_metrics
 from shared.process import ServiceArguments
 from shared.rpc import serve
 from shared.stream import Streams, check_server, open_streams
@@ -61,6 +61,11 @@ async def _serve(
 ) -> None:
     network = given.config.network
     servicer = VerifierServicer(name=given.name, pool=pool, worker=worker)
+    describe_process(
+        run_id=given.run_id,
+        model=given.config.model_path,
+        algorithm=given.config.policy_loss.loss_mode,
+    )
     metrics_port = serve_metrics(host=network.host, port=network.metrics_port)
     registry = Registry(streams.client, prefix=streams.prefix)
     async with (
