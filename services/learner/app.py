@@ -178,7 +178,7 @@ def _wire(
         on_engine=on_engine,
         bucket_bytes=config.weights.bucket_mib * 2**20,
         timeout_seconds=config.weights.timeout_seconds,
-        canary_token_ids=_canary(problems, tokenizer),
+        canary_token_ids=_canary(problems, tokenizer, max_length=config.model.max_length),
         canary_tolerance=config.weights.canary_tolerance,
     )
     learner = Learner(
@@ -219,9 +219,10 @@ def _backend(config: RunConfig) -> Literal["gloo", "nccl"]:
     return config.weights.backend
 
 
-def _canary(problems: Sequence[Problem], tokenizer: Tokenizer) -> array[int]:
+def _canary(problems: Sequence[Problem], tokenizer: Tokenizer, *, max_length: int) -> array[int]:
     """A few prompts in a row: text that the policy knows well enough to be sure of."""
     token_ids = array("I")
     for problem in problems[:CANARY_TOKENS]:
         token_ids.extend(tokenizer.encode_prompt(problem.prompt))
-    return token_ids[:CANARY_TOKENS]
+    # An engine that scores a prompt wants room for a token after it.
+    return token_ids[: min(CANARY_TOKENS, max_length - 1)]

@@ -71,7 +71,6 @@ async def _serve(
         engine=engine,
         replica=replica,
         sampler=sampler,
-        stop_token_ids=stop_token_ids,
         max_length=config.model.max_length,
     )
     describe_process(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import grpc
 
@@ -21,6 +21,7 @@ from shared.metrics import (
     WEIGHT_SYNC_PAUSE,
     WEIGHT_SYNC_SECONDS,
 )
+from shared.records import Completion
 
 logger = logging.getLogger(__name__)
 
@@ -68,18 +69,15 @@ class RolloutServicer(pb_grpc.RolloutServicer):
         engine: UpdatableEngine,
         replica: Replica,
         sampler: Sampler,
-        stop_token_ids: tuple[int, ...],
         max_length: int,
     ) -> None:
         self._name = name
         self._engine = engine
         self._replica = replica
         self._sampler = sampler
-        self._stop_token_ids = stop_token_ids
         self._max_length = max_length
         self._epoch: int | None = None
         self._update: tuple[int, int] | None = None
-        self._generated = 0
 
     async def GetStatus(
         self, request: pb.GetRolloutStatusRequest, context: Context
@@ -213,7 +211,7 @@ class RolloutServicer(pb_grpc.RolloutServicer):
             await _abort(context, error)
         return pb.GenerateResponse(completions=[completion_message(each) for each in completions])
 
-    async def _generate(self, request: pb.GenerateRequest) -> list[Any]:
+    async def _generate(self, request: pb.GenerateRequest) -> tuple[Completion, ...]:
         prompt = unpack_token_ids(request.prompt_token_ids)
         room = self._max_length - len(prompt)
         if not prompt or not 1 <= request.num_completions <= 1024:
@@ -226,22 +224,15 @@ class RolloutServicer(pb_grpc.RolloutServicer):
                 f"max_completion_tokens = {request.max_completion_tokens}, temperature ="
                 f" {request.temperature}: need 1 to {room}, and above 0"
             )
-        completions = []
-        for _ in range(request.num_completions):
-            self._generated += 1
-            completions.append(
-                await self._engine.generate(
-                    prompt,
-                    temperature=request.temperature,
-                    max_completion_tokens=request.max_completion_tokens,
-                    stop_token_ids=self._stop_token_ids,
-                    request_id=f"generate/{self._generated}",
-                )
-            )
-        return completions
+        return await self._sampler.sample(
+            prompt,
+            num_completions=request.num_completions,
+            temperature=request.temperature,
+            max_completion_tokens=request.max_completion_tokens,
+        )
 
 
-async def _abort(context: Context, error: Exception) -> None:
+async def _abort(context: Context, error: Exception) -> NoReturn:
     """Answer with the status that the .proto promises for this error."""
     codes = {
         BroadcastError: grpc.StatusCode.ABORTED,
@@ -251,3 +242,4 @@ async def _abort(context: Context, error: Exception) -> None:
     }
     logger.warning("refused: %s", error)
     await context.abort(codes[type(error)], str(error))
+    raise AssertionError("abort raises")

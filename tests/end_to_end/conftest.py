@@ -23,6 +23,7 @@ num_steps = 120
 batch_size = 48
 hidden_size = 64
 num_layers = 2
+num_heads = 2
 intermediate_size = 128
 [task]
 name = "countdown"

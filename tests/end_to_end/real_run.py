@@ -61,17 +61,18 @@ groups_per_batch = 4
 max_staleness = {max_staleness}
 learning_rate = 1e-4
 [evaluation]
-every_steps = 3
+every_steps = {evaluated_every}
 num_problems = 8
 group_size = 2
 [checkpoint]
-every_steps = 2
+every_steps = 3
 [redis]
 reclaim_seconds = 2.0
 [network]
 lease_seconds = 2.0
 """
 GROUPS_PER_BATCH = 4
+EVALUATED_EVERY = 3
 
 
 class Up:
@@ -208,14 +209,16 @@ class Up:
                 continue
 
 
-def write_run_file(
-    folder: Path, *, model: Path, num_steps: int, max_staleness: int, name: str = "run.toml"
-) -> Path:
+def write_run_file(folder: Path, *, model: Path, num_steps: int, max_staleness: int) -> Path:
     (folder / "tmp").mkdir(exist_ok=True)
-    path = folder / name
+    path = folder / "run.toml"
     path.write_text(
         RUN_FILE.format(
-            num_steps=num_steps, directory=folder, model=model, max_staleness=max_staleness
+            num_steps=num_steps,
+            directory=folder,
+            model=model,
+            max_staleness=max_staleness,
+            evaluated_every=EVALUATED_EVERY,
         )
     )
     return path

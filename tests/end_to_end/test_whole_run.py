@@ -29,6 +29,7 @@ from shared.tasks.registry import load_task
 from shared.tokenizer import Tokenizer
 from tests.end_to_end.real_run import (
     CALL_SECONDS,
+    EVALUATED_EVERY,
     GROUPS_PER_BATCH,
     RUN_ID,
     Row,
@@ -43,7 +44,9 @@ from tests.end_to_end.real_run import (
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(900)]
 
-NUM_STEPS = 8
+NUM_STEPS = 24
+"""A step takes a tenth of a second: the pause must come before the end."""
+
 MAX_STALENESS = 1
 PAUSE_AT = 3
 NAMES = {
@@ -278,7 +281,9 @@ def first_places(run_file: Path, count: int) -> list[tuple[int, int]]:
 
 def test_the_evaluations_that_were_due_are_in_the_file(finished: Finished) -> None:
     evaluations = [row for row in finished.up.rows if row.get("eval_score") is not None]
-    assert sorted(row["eval_step"] for row in evaluations) == [0, 3, 6, 8]
+    assert sorted(row["eval_step"] for row in evaluations) == list(
+        range(0, NUM_STEPS + 1, EVALUATED_EVERY)
+    )
     for row in evaluations:
         assert row["eval_policy_version"] == row["eval_step"]
         assert row["eval_problems"] == len(row["eval_problem_scores"]) == 8

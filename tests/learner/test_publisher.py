@@ -155,7 +155,6 @@ class Scene:
             engine=engine,
             replica=replica,
             sampler=sampler,
-            stop_token_ids=(),
             max_length=16,
         )
         running = RunningReplica(engine, replica)

@@ -1,0 +1,167 @@
+"""A stage between two streams: claim an entry, work on it, hand the result on, many at a time.
+
+Consumes the input stream. Waits for: its gate, a free place, an entry; and for room on the output
+stream before a result is handed on. Stops when the gate says so: what is in flight is finished
+first, and what is not finished in time stays pending for another consumer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Collection
+
+from shared.errors import StreamError
+from shared.metrics import BACKPRESSURE_SECONDS, DEAD_LETTERED, REDELIVERED
+from shared.stream import Entry, Stream, finish_when_room
+
+logger = logging.getLogger(__name__)
+
+CLAIM_WAIT_SECONDS = 1.0
+RETRY_SECONDS = 1.0
+
+
+class UnworkableError(Exception):
+    """An entry that no attempt will make anything of; the reason goes to the log."""
+
+
+Work = Callable[[Entry], Awaitable[bytes | None]]
+"""The result's payload, or None to leave the entry pending. Raises UnworkableError."""
+
+
+class Stage:
+    """Keeps up to `max_in_flight` entries in work.
+
+    Args:
+        name: of this consumer, unique in its role.
+        work: what is done with an entry; nothing it raises ends the stage.
+        max_attempts: an entry delivered more often goes to `dead_letter`.
+        on_idle: told the seconds that a claim took while nothing was in flight.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        source: Stream,
+        output: Stream,
+        dead_letter: Stream,
+        work: Work,
+        max_in_flight: int,
+        max_attempts: int,
+        on_idle: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        self._name = name
+        self._source = source
+        self._output = output
+        self._dead_letter = dead_letter
+        self._work = work
+        self._max_in_flight = max_in_flight
+        self._max_attempts = max_attempts
+        self._on_idle = on_idle
+        self._in_flight: set[asyncio.Task[None]] = set()
+
+    @property
+    def num_in_flight(self) -> int:
+        """Entries claimed and not finished."""
+        return len(self._in_flight)
+
+    async def run(self, gate: Callable[[], Awaitable[bool]]) -> None:
+        """Claim while the gate opens; first what this name left pending when it last died.
+
+        The gate is awaited before every claim; it may wait, and ends the stage with False.
+        """
+        backlog: list[Entry] | None = None
+        while await gate():
+            try:
+                if backlog is None:
+                    backlog = await self._source.pending(self._name)
+                await self._take(backlog)
+            except StreamError as error:
+                logger.warning("%s is out of reach, trying again: %s", self._source.name, error)
+                await asyncio.sleep(RETRY_SECONDS)
+
+    async def finish(self, *, timeout_seconds: float | None = None) -> None:
+        """Wait for what is in flight; after the timeout the rest is left to others."""
+        if not self._in_flight:
+            return
+        _, late = await asyncio.wait(self._in_flight, timeout=timeout_seconds)
+        if late:
+            logger.warning("left %d groups to others", len(late))
+            for task in late:
+                task.cancel()
+            await asyncio.wait(late)
+
+    async def adopt(self, *, idle_seconds: float, alive: Collection[str]) -> None:
+        """Take over entries of consumers that died, as far as there are places."""
+        free = self._max_in_flight - len(self._in_flight)
+        if free <= 0:
+            return
+        entries = await self._source.reclaim(
+            self._name, idle_seconds=idle_seconds, alive=alive, count=free
+        )
+        REDELIVERED.labels(stream=self._source.name).inc(len(entries))
+        for entry in entries:
+            self._start(entry)
+
+    async def _take(self, backlog: list[Entry]) -> None:
+        """Start what there are places for; without a place, wait a moment for one."""
+        free = self._max_in_flight - len(self._in_flight)
+        if free <= 0:
+            await asyncio.wait(
+                self._in_flight,
+                timeout=CLAIM_WAIT_SECONDS,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            return
+        if backlog:
+            entries, backlog[:] = backlog[:free], backlog[free:]
+        else:
+            entries = await self._claim(free)
+        for entry in entries:
+            self._start(entry)
+
+    async def _claim(self, count: int) -> list[Entry]:
+        started, was_idle = time.monotonic(), not self._in_flight
+        entries = await self._source.claim(self._name, count=count, wait_seconds=CLAIM_WAIT_SECONDS)
+        if was_idle:
+            self._on_idle(time.monotonic() - started)
+        return entries
+
+    def _start(self, entry: Entry) -> None:
+        task = asyncio.create_task(self._complete(entry), name=f"group {entry.id}")
+        self._in_flight.add(task)
+        task.add_done_callback(self._in_flight.discard)
+
+    async def _complete(self, entry: Entry) -> None:
+        try:
+            if entry.deliveries > self._max_attempts:
+                raise UnworkableError(f"delivered {entry.deliveries} times")
+            payload = await self._work(entry)
+        except UnworkableError as error:
+            await self._bury(entry, str(error))
+        except Exception:
+            logger.exception("could not work on entry %s of %s", entry.id, self._source.name)
+            await self._bury(entry, "see the error above")
+        else:
+            if payload is not None:
+                await self._hand_on(entry, self._output, payload)
+
+    async def _bury(self, entry: Entry, reason: str) -> None:
+        logger.error("dead letter from %s: %s", self._source.name, reason)
+        DEAD_LETTERED.labels(stream=self._source.name).inc()
+        await self._hand_on(entry, self._dead_letter, entry.payload)
+
+    async def _hand_on(self, entry: Entry, output: Stream, payload: bytes) -> None:
+        """Finish the entry, however long Redis or the room for it takes."""
+        waited = BACKPRESSURE_SECONDS.labels(stream=output.name).inc
+        while True:
+            try:
+                await finish_when_room(
+                    self._source, entry, output=output, payload=payload, on_wait=waited
+                )
+                return
+            except StreamError as error:
+                logger.warning("%s is out of reach, trying again: %s", output.name, error)
+                await asyncio.sleep(RETRY_SECONDS)
