@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection
 
 from shared.errors import StreamError
+from shared.lease import Registry, Role
 from shared.metrics import BACKPRESSURE_SECONDS, DEAD_LETTERED, REDELIVERED
 from shared.stream import Entry, Stream, finish_when_room
 
@@ -165,3 +166,21 @@ class Stage:
             except StreamError as error:
                 logger.warning("%s is out of reach, trying again: %s", output.name, error)
                 await asyncio.sleep(RETRY_SECONDS)
+
+
+async def adopt_orphans(
+    adopt: Callable[..., Awaitable[None]], registry: Registry, role: Role, *, idle_seconds: float
+) -> None:
+    """Now and then take over what consumers of this role that died had claimed; until cancelled.
+
+    Args:
+        adopt: `Stage.adopt`, or what calls it.
+        idle_seconds: an entry must have been claimed this long ago.
+    """
+    while True:
+        await asyncio.sleep(idle_seconds / 3)
+        try:
+            alive = {member.name for member in await registry.members(role)}
+            await adopt(idle_seconds=idle_seconds, alive=alive)
+        except StreamError as error:
+            logger.warning("nothing reclaimed: %s", error)

@@ -166,21 +166,6 @@ def _wire(
         max_staleness=config.learner.max_staleness,
         max_attempts=config.redis.max_attempts,
     )
-    publisher = Publisher(
-        fleet=Fleet(
-            registry,
-            host=given.host,
-            backend=_backend(config),
-            timeout_seconds=config.weights.timeout_seconds,
-        ),
-        registry=registry,
-        engine=engine,
-        on_engine=on_engine,
-        bucket_bytes=config.weights.bucket_mib * 2**20,
-        timeout_seconds=config.weights.timeout_seconds,
-        canary_token_ids=_canary(problems, tokenizer, max_length=config.model.max_length),
-        canary_tolerance=config.weights.canary_tolerance,
-    )
     learner = Learner(
         config=config,
         run_folder=given.run_folder,
@@ -190,7 +175,13 @@ def _wire(
         inbox=inbox,
         evaluator=evaluator,
         law=LawFit(),
-        publisher=publisher,
+        publisher=_publisher(
+            given,
+            registry,
+            engine,
+            on_engine,
+            _canary(problems, tokenizer, max_length=config.model.max_length),
+        ),
         engine=engine,
         on_engine=on_engine,
         journal=Journal(given.run_folder / "metrics.jsonl"),
@@ -199,6 +190,32 @@ def _wire(
         progress=Progress(),
     )
     return learner
+
+
+def _publisher(
+    given: ServiceArguments,
+    registry: Registry,
+    engine: LearnerEngine,
+    on_engine: OnEngine,
+    canary_token_ids: array[int],
+) -> Publisher:
+    weights = given.config.weights
+    fleet = Fleet(
+        registry,
+        host=given.host,
+        backend=_backend(given.config),
+        timeout_seconds=weights.timeout_seconds,
+    )
+    return Publisher(
+        fleet=fleet,
+        registry=registry,
+        engine=engine,
+        on_engine=on_engine,
+        bucket_bytes=weights.bucket_mib * 2**20,
+        timeout_seconds=weights.timeout_seconds,
+        canary_token_ids=canary_token_ids,
+        canary_tolerance=weights.canary_tolerance,
+    )
 
 
 def _serve_metrics(given: ServiceArguments) -> int:

@@ -12,11 +12,12 @@ from services.rollout.replica import Event, Replica
 from services.rollout.sampler import Sampler
 from services.rollout.service import SERVICE, RolloutServicer
 from shared.device import find_device
-from shared.errors import EngineError, StreamError
+from shared.errors import EngineError
 from shared.lease import Registry
 from shared.metrics import describe_process, serve_metrics
 from shared.process import ServiceArguments
 from shared.rpc import serve
+from shared.stage import adopt_orphans
 from shared.stream import Streams, check_server, open_streams
 from shared.tokenizer import Tokenizer
 
@@ -99,7 +100,10 @@ async def _serve(
         logger.info("replica %s listens on port %d", given.name, server.port)
         sampling = asyncio.create_task(sampler.run(), name="sampler")
         adopting = asyncio.create_task(
-            _adopt_orphans(sampler, registry, config.redis.reclaim_seconds), name="adopter"
+            adopt_orphans(
+                sampler.adopt, registry, "rollout", idle_seconds=config.redis.reclaim_seconds
+            ),
+            name="adopter",
         )
         try:
             await _until_the_end(stop, replica, engine, sampling, lease)
@@ -138,17 +142,6 @@ async def _until_the_end(
     finally:
         stopping.cancel()
         death.cancel()
-
-
-async def _adopt_orphans(sampler: Sampler, registry: Registry, reclaim_seconds: float) -> None:
-    """Now and then take over what replicas that died had claimed."""
-    while True:
-        await asyncio.sleep(reclaim_seconds / 3)
-        try:
-            alive = {member.name for member in await registry.members("rollout")}
-            await sampler.adopt(idle_seconds=reclaim_seconds, alive=alive)
-        except StreamError as error:
-            logger.warning("nothing reclaimed: %s", error)
 
 
 def _settings(given: ServiceArguments) -> EngineSettings:

@@ -10,11 +10,11 @@ from services.verifier.sandbox import ScoringPool
 from services.verifier.scoring import check_scorer
 from services.verifier.service import SERVICE, VerifierServicer
 from services.verifier.worker import Worker
-from shared.errors import StreamError
 from shared.lease import Registry
 from shared.metrics import describe_process, serve_metrics
 from shared.process import ServiceArguments
 from shared.rpc import serve
+from shared.stage import adopt_orphans
 from shared.stream import Streams, check_server, open_streams
 from shared.tasks.registry import load_task
 from shared.tokenizer import Tokenizer
@@ -88,7 +88,10 @@ async def _serve(
         logger.info("verifier %s listens on port %d", given.name, server.port)
         working = asyncio.create_task(worker.run(stop), name="worker")
         adopting = asyncio.create_task(
-            _adopt_orphans(worker, registry, given.config.redis.reclaim_seconds), name="adopter"
+            adopt_orphans(
+                worker.adopt, registry, "verifier", idle_seconds=given.config.redis.reclaim_seconds
+            ),
+            name="adopter",
         )
         stopping = asyncio.create_task(stop.wait(), name="stop")
         try:
@@ -102,14 +105,3 @@ async def _serve(
             stopping.cancel()
             adopting.cancel()
             working.cancel()
-
-
-async def _adopt_orphans(worker: Worker, registry: Registry, reclaim_seconds: float) -> None:
-    """Now and then take over what verifiers that died had claimed; stops when cancelled."""
-    while True:
-        await asyncio.sleep(reclaim_seconds / 3)
-        try:
-            alive = {member.name for member in await registry.members("verifier")}
-            await worker.adopt(idle_seconds=reclaim_seconds, alive=alive)
-        except StreamError as error:
-            logger.warning("nothing reclaimed: %s", error)
