@@ -91,6 +91,12 @@ class Fleet:
 
     async def connect(self, peers: list[Peer]) -> list[Peer]:
         """See that each has its groups; returns those that do."""
+        # An end that is opened holds a thread until the other end comes: never for a dead one.
+        without = {
+            peer: self._ask_status(peer.name, peer.stub) for peer in peers if not peer.groups
+        }
+        living = await each(without, doing="asking whether it is there")
+        peers = [peer for peer in peers if peer.groups or peer in living]
         if self._backend == "gloo":
             await self._connect_pairs([peer for peer in peers if not peer.groups])
         else:
@@ -106,18 +112,19 @@ class Fleet:
         channel = open_channel(member.address)
         stub: pb_grpc.RolloutAsyncStub = pb_grpc.RolloutStub(channel)
         try:
-            status = await call(
-                stub.GetStatus,
-                pb.GetRolloutStatusRequest(),
-                peer=member.name,
-                timeout_seconds=self._timeout_seconds,
-            )
+            status = await self._ask_status(member.name, stub)
         except PeerError as error:
             logger.warning("replica does not answer yet: %s", error)
             await channel.close()
             return
         self._peers[member.token] = Peer(member, channel, stub, max(1, status.num_workers))
         logger.info("met replica %s at %s", member.name, member.address)
+
+    async def _ask_status(
+        self, name: str, stub: pb_grpc.RolloutAsyncStub
+    ) -> pb.GetRolloutStatusResponse:
+        request, timeout_seconds = pb.GetRolloutStatusRequest(), self._timeout_seconds
+        return await call(stub.GetStatus, request, peer=name, timeout_seconds=timeout_seconds)
 
     async def _part(self, token: str) -> None:
         peer = self._peers.pop(token)
@@ -212,7 +219,7 @@ class Fleet:
         )
 
 
-async def each(calls: Mapping[Peer, Awaitable[None]], *, doing: str) -> list[Peer]:
+async def each(calls: Mapping[Peer, Awaitable[object]], *, doing: str) -> list[Peer]:
     """Do it with every peer at once; who fails is named, counted and left out of the answer."""
     results = await asyncio.gather(*calls.values(), return_exceptions=True)
     succeeded = []

@@ -29,7 +29,7 @@ def run_folder(path: Path) -> RunFolder:
 def test_check_tells_the_main_choices(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(DEMO)]) == 0
     output = capsys.readouterr().out
-    for part in ("demo", "countdown", "clip_cov", "2 replicas", "staleness at most 4"):
+    for part in ("demo", "countdown", "aent", "2 replicas", "staleness at most 1"):
         assert part in output
 
 

@@ -25,7 +25,7 @@ RUN_FILE = """
 name = "stand"
 num_steps = 3
 [model]
-path = "none"
+path = "stand/in"
 [network]
 call_timeout_seconds = 10.0
 start_timeout_seconds = 20.0

@@ -274,9 +274,10 @@ def processes_in(folder: Path) -> list[int]:
 
 
 def children_of(pid: int) -> list[int]:
-    """Every process that it started, and they."""
-    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [each for child in map(int, listed) for each in (child, *children_of(child))]
+    """Every process that one of its threads started, and they."""
+    threads = Path(f"/proc/{pid}/task").glob("*/children")
+    listed = [int(child) for thread in threads for child in thread.read_text().split()]
+    return [each for child in listed for each in (child, *children_of(child))]
 
 
 def is_gone(pid: int) -> bool:

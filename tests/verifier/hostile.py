@@ -89,7 +89,7 @@ def close_everything(answer: str) -> Verdict:
 
 
 def scribble(answer: str) -> Verdict:
-    for descriptor in range(3, 100):
+    for descriptor in range(3, 4096):
         with suppress(OSError):
             os.write(descriptor, b"nonsense\n")
     return PASS
