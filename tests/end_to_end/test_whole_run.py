@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -138,7 +139,8 @@ def look(up: Up, model: Path) -> Seen:
 
 def is_serving(channel: grpc.Channel, service: str) -> int:
     request = health_pb2.HealthCheckRequest(service=service)
-    answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=CALL_SECONDS)
+    stub: Any = health_pb2_grpc.HealthStub(channel)
+    answer = stub.Check(request, timeout=CALL_SECONDS)
     return int(answer.status)
 
 
