@@ -1,11 +1,8 @@
 """Moves the weights of one policy version from the learner to the replicas' workers.
 
-    manifest ──plan──▶ buckets ──pack──▶ bytes ──broadcast──▶ bytes ──unpack──▶ tensors
-
-Both sides compute the same buckets from the same manifest, so nothing but raw bytes travels. The
-group is a stateless `ProcessGroupGloo` (CPU) or `ProcessGroupNCCL` (GPU): there is no default
-process group, and a new group, with its own key in the store, costs tens of milliseconds. Rank 0
-is always the learner.
+What travels is packed by `shared.buckets`. The group is a stateless `ProcessGroupGloo` (CPU) or
+`ProcessGroupNCCL` (GPU): there is no default process group, and a new group, with its own key in
+the store, costs tens of milliseconds. Rank 0 is always the learner.
 
 Layout of the groups: with gloo one group of two per worker of each replica, because a killed
 peer is noticed at once only in a group of two; with NCCL one group of all. `GroupSpec.for_worker`
@@ -20,7 +17,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Literal
@@ -34,192 +31,19 @@ from torch.distributed import (  # type: ignore[attr-defined]
     Work,
 )
 
+from shared.buckets import (
+    Manifest,
+    add_checksums,
+    checksum,
+    pack_buckets,
+    plan_buckets,
+    unpack_bucket,
+)
 from shared.errors import BroadcastError
-
-# Every parameter starts at a multiple of this, so that a view of any dtype is aligned.
-ALIGNMENT = 16
-
-# The checksum works through this many 32-bit words at a time: 4 MiB of weights, and twice that
-# of temporary memory.
-_CHECKSUM_WORDS = 1 << 20
-_UINT64 = 1 << 64
 
 # How often a wait looks whether its group was closed meanwhile; completion itself wakes it at once.
 _CLOSE_POLL = timedelta(milliseconds=50)
 _NCCL_POLL_SECONDS = 0.001
-
-
-# --- what is sent -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class ParameterSpec:
-    """One parameter as it travels: `dtype` is torch's name for it ("float32", "bfloat16")."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype named; ValueError if torch has none of that name."""
-        dtype = getattr(torch, self.dtype, None)
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"parameter {self.name!r} has no torch dtype: {self.dtype!r}")
-        return dtype
-
-    @property
-    def num_bytes(self) -> int:
-        """Size on the wire, without alignment."""
-        num_elements = 1
-        for extent in self.shape:
-            num_elements *= extent
-        return num_elements * self.torch_dtype.itemsize
-
-
-Manifest = tuple[ParameterSpec, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """A parameter and the byte of its bucket at which it starts."""
-
-    spec: ParameterSpec
-    offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class Bucket:
-    """Consecutive parameters of a manifest that travel as one contiguous run of bytes.
-
-    Attributes:
-        start: offset of the bucket in the whole, aligned manifest; a multiple of ALIGNMENT.
-        num_bytes: a multiple of ALIGNMENT; bytes between parameters are zero.
-    """
-
-    placements: tuple[Placement, ...]
-    start: int
-    num_bytes: int
-
-
-def plan_buckets(manifest: Manifest, *, bucket_bytes: int) -> list[Bucket]:
-    """Divide `manifest`, in order, into buckets of at most `bucket_bytes`.
-
-    A parameter larger than that gets a bucket of its own.
-
-    Raises:
-        ValueError: a name occurs twice, a dtype is unknown, or `bucket_bytes` is not positive.
-    """
-    if bucket_bytes < 1:
-        raise ValueError(f"bucket_bytes must be positive, not {bucket_bytes}")
-    if len({spec.name for spec in manifest}) != len(manifest):
-        raise ValueError("the manifest names a parameter twice")
-    buckets: list[Bucket] = []
-    placements: list[Placement] = []
-    start, filled = 0, 0
-    for spec in manifest:
-        size = _aligned(spec.num_bytes)
-        if placements and filled + size > bucket_bytes:
-            buckets.append(Bucket(tuple(placements), start, filled))
-            placements, start, filled = [], start + filled, 0
-        placements.append(Placement(spec, filled))
-        filled += size
-    if placements:
-        buckets.append(Bucket(tuple(placements), start, filled))
-    return buckets
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
-
-
-def pack_bucket(
-    bucket: Bucket, tensors: dict[str, torch.Tensor], *, device: torch.device | str = "cpu"
-) -> torch.Tensor:
-    """Copy a bucket's parameters, cast to the manifest's dtypes, into one uint8 tensor.
-
-    Raises:
-        ValueError: a tensor has another shape than the manifest says.
-    """
-    data = torch.zeros(bucket.num_bytes, dtype=torch.uint8, device=device)
-    for name, view in unpack_bucket(bucket, data).items():
-        if tensors[name].shape != view.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensors[name].shape)}, "
-                f"but the manifest says {tuple(view.shape)}"
-            )
-        view.copy_(tensors[name].detach())
-    return data
-
-
-def unpack_bucket(bucket: Bucket, data: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Views of the parameters inside the bucket's bytes; they share `data`'s memory."""
-    return {
-        spec.name: data[offset : offset + spec.num_bytes].view(spec.torch_dtype).view(spec.shape)
-        for spec, offset in ((p.spec, p.offset) for p in bucket.placements)
-    }
-
-
-# --- checksum -----------------------------------------------------------------------------------
-
-
-def checksum(data: torch.Tensor, *, start: int = 0) -> int:
-    """A 64-bit checksum of raw bytes, the same on CPU and GPU, that adds up over buckets.
-
-        sum over i of word[i] * weight[i]  mod 2^64
-
-    over 32-bit words, with a fixed odd weight per position in the whole manifest. An odd number
-    has an inverse mod 2^64, so a change within one word always shows. Zero bytes add nothing:
-    sums of buckets, mod 2^64, do not depend on how the manifest was divided.
-
-    Args:
-        data: uint8, contiguous, a multiple of 4 bytes long.
-        start: offset of `data` in the whole, aligned manifest; a multiple of 4.
-    """
-    words = data.view(torch.int32)
-    base = _position_weights(data.device)
-    total = torch.zeros((), dtype=torch.int64, device=data.device)
-    position = start // 4
-    done = 0
-    while done < words.numel():
-        chunk, inside = divmod(position + done, _CHECKSUM_WORDS)
-        count = min(_CHECKSUM_WORDS - inside, words.numel() - done)
-        products = base[inside : inside + count] * words[done : done + count]
-        total += products.sum() * _as_int64(_chunk_weight(chunk))
-        done += count
-    return int(total.item()) % _UINT64
-
-
-def add_checksums(parts: Iterable[int]) -> int:
-    """The checksum of a whole manifest from those of its buckets."""
-    return sum(parts) % _UINT64
-
-
-_weights_by_device: dict[torch.device, torch.Tensor] = {}
-
-
-def _position_weights(device: torch.device) -> torch.Tensor:
-    """Odd int64 weights of the positions in a chunk; fixed, so computed once a device."""
-    if device not in _weights_by_device:
-        index = torch.arange(1, _CHECKSUM_WORDS + 1, dtype=torch.int64, device=device)
-        mixed = index * _as_int64(0x9E3779B97F4A7C15)
-        mixed = (mixed ^ (mixed >> 31)) * _as_int64(0xBF58476D1CE4E5B9)
-        _weights_by_device[device] = (mixed ^ (mixed >> 29)) | 1
-    return _weights_by_device[device]
-
-
-def _chunk_weight(chunk: int) -> int:
-    mixed = (chunk + 1) * 0x94D049BB133111EB % _UINT64
-    return (mixed ^ (mixed >> 32)) | 1
-
-
-def _as_int64(value: int) -> int:
-    """Two's complement: the int64 that has the bits of this uint64."""
-    value %= _UINT64
-    return value - _UINT64 if value >= 1 << 63 else value
-
-
-# --- groups -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -431,9 +255,6 @@ def _release(holder: list[Any], backend: str) -> None:
     holder.clear()
 
 
-# --- sending and receiving ----------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class SendReport:
     """What `send_weights` did; `failed` holds the groups that did not get everything, and why."""
@@ -451,29 +272,6 @@ class Received:
     tensors: dict[str, torch.Tensor]
     checksum: int
     seconds: float
-
-
-def pack_buckets(
-    named_tensors: Iterable[tuple[str, torch.Tensor]],
-    manifest: Manifest,
-    *,
-    bucket_bytes: int,
-    device: torch.device | str = "cpu",
-) -> Iterator[tuple[Bucket, torch.Tensor]]:
-    """Pack bucket by bucket, taking from `named_tensors` only what the next bucket needs.
-
-    Raises:
-        ValueError: the tensors are not those of the manifest, in its order.
-    """
-    tensors = iter(named_tensors)
-    for bucket in plan_buckets(manifest, bucket_bytes=bucket_bytes):
-        taken: dict[str, torch.Tensor] = {}
-        for placement in bucket.placements:
-            name, tensor = next(tensors, ("nothing", torch.empty(0)))
-            if name != placement.spec.name:
-                raise ValueError(f"expected {placement.spec.name} next, but got {name}")
-            taken[name] = tensor
-        yield bucket, pack_bucket(bucket, taken, device=device)
 
 
 def send_bucket(

@@ -18,20 +18,22 @@ import pytest
 import torch
 
 from shared.broadcast import (
-    ALIGNMENT,
     BroadcastGroup,
     GroupSpec,
-    Manifest,
-    ParameterSpec,
     Received,
-    add_checksums,
-    checksum,
     open_group,
     open_store,
-    pack_buckets,
-    plan_buckets,
     receive_weights,
     send_weights,
+)
+from shared.buckets import (
+    ALIGNMENT,
+    Manifest,
+    ParameterSpec,
+    add_checksums,
+    checksum,
+    pack_buckets,
+    plan_buckets,
     unpack_bucket,
 )
 from shared.errors import BroadcastError

@@ -31,7 +31,7 @@ from services.learner.measures import StepReport
 from services.learner.policy import Policy
 from services.learner.ranks import Command, Opcode, Ranks
 from services.learner.training import OptimizerStep, Trainer
-from shared.broadcast import Manifest, ParameterSpec
+from shared.buckets import Manifest, ParameterSpec
 from shared.codec import (
     decode_scored_group,
     encode_scored_group,

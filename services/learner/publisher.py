@@ -23,7 +23,8 @@ from typing import Any, Protocol
 
 from protos import rollout_pb2 as pb
 from services.learner.fleet import Fleet, Peer, each, left_behind
-from shared.broadcast import Manifest, SendReport, send_weights
+from shared.broadcast import SendReport, send_weights
+from shared.buckets import Manifest
 from shared.codec import pack_token_ids, unpack_logprobs
 from shared.errors import PeerError
 from shared.lease import Registry

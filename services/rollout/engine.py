@@ -27,7 +27,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from shared.broadcast import GroupSpec, Manifest
+from shared.broadcast import GroupSpec
+from shared.buckets import Manifest
 from shared.errors import BroadcastError, EngineError
 from shared.records import Completion, VersionRun
 

@@ -11,7 +11,8 @@ from protos import rollout_pb2 as pb
 from protos import rollout_pb2_grpc as pb_grpc
 from services.rollout.replica import Event, Replica, State
 from services.rollout.sampler import Engine, Sampler
-from shared.broadcast import GroupSpec, Manifest, ParameterSpec
+from shared.broadcast import GroupSpec
+from shared.buckets import Manifest, ParameterSpec
 from shared.codec import completion_message, pack_logprobs, unpack_token_ids
 from shared.errors import BroadcastError, EngineError, StreamError
 from shared.metrics import (

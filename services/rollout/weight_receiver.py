@@ -41,15 +41,8 @@ from vllm.model_executor.model_loader.reload import (
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from shared.broadcast import (
-    BroadcastGroup,
-    GroupSpec,
-    Manifest,
-    ParameterSpec,
-    Received,
-    open_group,
-    receive_weights,
-)
+from shared.broadcast import BroadcastGroup, GroupSpec, Received, open_group, receive_weights
+from shared.buckets import Manifest, ParameterSpec
 from shared.errors import BroadcastError
 
 BACKEND_NAME = "isentrope"

@@ -20,16 +20,8 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from services.rollout.engine import EngineSettings, UpdateReport, VllmEngine
-from shared.broadcast import (
-    BroadcastGroup,
-    GroupSpec,
-    Manifest,
-    ParameterSpec,
-    open_group,
-    open_store,
-    pack_buckets,
-    send_weights,
-)
+from shared.broadcast import BroadcastGroup, GroupSpec, open_group, open_store, send_weights
+from shared.buckets import Manifest, ParameterSpec, pack_buckets
 from shared.errors import BroadcastError, EngineError
 from shared.records import Completion, VersionRun
 

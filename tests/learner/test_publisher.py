@@ -20,15 +20,8 @@ from services.learner.publisher import Publisher
 from services.rollout.replica import Event, Replica, State
 from services.rollout.sampler import Sampler
 from services.rollout.service import SERVICE, RolloutServicer
-from shared.broadcast import (
-    BroadcastGroup,
-    GroupSpec,
-    Manifest,
-    ParameterSpec,
-    Received,
-    open_group,
-    receive_weights,
-)
+from shared.broadcast import BroadcastGroup, GroupSpec, Received, open_group, receive_weights
+from shared.buckets import Manifest, ParameterSpec
 from shared.errors import BroadcastError, StreamError
 from shared.lease import Registry
 from shared.rpc import serve
