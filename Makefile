@@ -27,6 +27,7 @@ lint: setup check-proto ## Formatting, lint, types, generated code
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+proto: export PATH := $(abspath $(BIN)):$(PATH)
 proto: setup ## Regenerate the Python of protos/*.proto
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --mypy_out=quiet:. $(PROTOS)
 	$(BIN)/python -m grpc_tools.protoc -I. --grpc_python_out=. --mypy_grpc_out=quiet:. $(SERVICE_PROTOS)

@@ -120,10 +120,12 @@ class LiveProgress:
         self._live.stop()
 
 
+STREAM_ORDER = ("prompts", "rollouts", "scored", "dead_letter")
+
+
 def step_line(rows: Sequence[Row], view: View, num_steps: int) -> str:
     """The newest of `rows` as one ASCII line."""
-    row, learner = rows[-1], view.learner
-    depths = sorted(learner.queue_depths.items()) if learner else []
+    row = rows[-1]
     parts = [f"step {number(row, 'step') or 0:.0f}/{num_steps}"]
     parts += [
         text
@@ -134,7 +136,7 @@ def step_line(rows: Sequence[Row], view: View, num_steps: int) -> str:
             _spelled("coefficient", number(row, "entropy_coefficient"), ".2g"),
             _staleness_text(row),
             _spelled("tokens/s", tokens_per_second(row), ".0f"),
-            " ".join(f"{name} {depth}" for name, depth in depths),
+            _queues_text(view),
             _spelled("mixed", float(mixed_completions(view)), ".0f") if view.services else "",
             _eta_text(rows, num_steps),
         )
@@ -264,6 +266,14 @@ def _doing(view: View) -> str:
         return "waiting for the learner"
     paused = "paused: " if view.learner.is_paused else ""
     return f"{paused}{view.learner.activity or 'the learner has not said what it does'}"
+
+
+def _queues_text(view: View) -> str:
+    """Messages waiting, in the order they travel; dead letters only if there are some."""
+    depths = view.learner.queue_depths if view.learner else {}
+    shown = [(name, depths[name]) for name in STREAM_ORDER if name in depths]
+    texts = [f"{name} {depth}" for name, depth in shown if depth or name != "dead_letter"]
+    return "waiting: " + " ".join(texts) if texts else ""
 
 
 def _eval_text(rows: Sequence[Row]) -> str:
