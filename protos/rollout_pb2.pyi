@@ -214,7 +214,7 @@ class CommitUpdateRequest(_message.Message):
     TIMEOUT_SECONDS_FIELD_NUMBER: _builtins.int
     policy_version: _builtins.int
     checksum: _builtins.int
-    """Of the bytes sent, as shared/broadcast.py defines it; other bytes are not swapped in."""
+    """Of the bytes sent, as shared/buckets.py defines it; other bytes are not swapped in."""
     canary_token_ids: _builtins.bytes
     """Scored under the new weights; little-endian uint32 each."""
     timeout_seconds: _builtins.float
