@@ -32,7 +32,15 @@ class StartError(IsentropeError):
 
 
 class PeerError(IsentropeError):
-    """Another process did not do its part."""
+    """Another process did not do its part.
+
+    Attributes:
+        status: of the gRPC call that failed, as `DEADLINE_EXCEEDED`; empty if there was none.
+    """
+
+    def __init__(self, message: str, *, status: str = "") -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class BroadcastError(PeerError):

@@ -104,8 +104,9 @@ async def call(
     try:
         return await method(request, timeout=timeout_seconds)
     except grpc.aio.AioRpcError as error:
+        status = error.code().name
         raise PeerError(
-            f"{peer}: {error.code().name} within {timeout_seconds:.0f} s: {error.details()}"
+            f"{peer}: {status} within {timeout_seconds:.0f} s: {error.details()}", status=status
         ) from error
 
 

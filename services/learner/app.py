@@ -199,11 +199,12 @@ def _publisher(
     on_engine: OnEngine,
     canary_token_ids: array[int],
 ) -> Publisher:
-    weights = given.config.weights
+    weights, backend = given.config.weights, _backend(given.config)
     fleet = Fleet(
         registry,
         host=given.host,
-        backend=_backend(given.config),
+        backend=backend,
+        layout="pairs" if backend == "gloo" else "one",
         timeout_seconds=weights.timeout_seconds,
     )
     return Publisher(

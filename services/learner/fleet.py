@@ -6,14 +6,14 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import grpc
 
 from protos import rollout_pb2 as pb
 from protos import rollout_pb2_grpc as pb_grpc
 from shared.broadcast import BroadcastGroup, GroupSpec, open_group, open_store
-from shared.errors import BroadcastError, PeerError
+from shared.errors import PeerError
 from shared.lease import Member, Registry
 from shared.metrics import WEIGHT_SYNC_OPERATIONS
 from shared.rpc import call, open_channel
@@ -54,9 +54,11 @@ class Peer:
 class Fleet:
     """Follows the leases of rollout replicas, and forms broadcast groups with them.
 
-    gloo: a pair for each worker, since a pair notices a dead peer at once and a newcomer disturbs
-    nobody. nccl: one group of all that take part, formed anew when they are not the ones of last
-    time, since NCCL broadcasts to many at the price of one.
+    Args:
+        layout: `pairs` is a group of two for each worker: it notices a dead peer at once, and a
+            newcomer disturbs nobody; the choice for gloo. `one` is a group of all that take part,
+            formed anew when they are not the ones of last time: NCCL broadcasts to many at the
+            price of one.
     """
 
     def __init__(
@@ -65,11 +67,13 @@ class Fleet:
         *,
         host: str,
         backend: Literal["gloo", "nccl"],
+        layout: Literal["pairs", "one"],
         timeout_seconds: float,
     ) -> None:
         self._registry = registry
         self._host = host
         self._backend: Literal["gloo", "nccl"] = backend
+        self._layout = layout
         self._timeout_seconds = timeout_seconds
         self._store = open_store(host)
         self._epoch = 0
@@ -97,7 +101,7 @@ class Fleet:
         }
         living = await each(without, doing="asking whether it is there")
         peers = [peer for peer in peers if peer.groups or peer in living]
-        if self._backend == "gloo":
+        if self._layout == "pairs":
             await self._connect_pairs([peer for peer in peers if not peer.groups])
         else:
             await self._connect_all(peers)
@@ -145,34 +149,62 @@ class Fleet:
         )
 
     async def _connect_pair(self, peer: Peer, spec: GroupSpec) -> None:
-        ends = [_rank_zero(spec.for_worker(worker)) for worker in range(peer.num_workers)]
+        ends = [_learner_end(spec, worker=worker) for worker in range(peer.num_workers)]
         opened, _ = await asyncio.gather(self._open(ends), self._ask_to_join(peer, spec))
         peer.groups, peer.epoch = opened, spec.epoch
 
     async def _connect_all(self, peers: list[Peer]) -> None:
-        shared_groups = {id(group) for peer in peers for group in peer.groups}
-        sharers = sum(bool(peer.groups) for peer in self._peers.values())
-        if len(shared_groups) == 1 and sharers == len(peers) and all(p.groups for p in peers):
-            return
-        for peer in self._peers.values():
-            peer.leave_groups()
+        """One group of exactly these; a culprit is left out and the rest tries again."""
+        while peers and not self._share_a_group(peers):
+            for peer in self._peers.values():
+                peer.leave_groups()
+            joined = await self._form_group(peers)
+            if len(joined) == len(peers):
+                return
+            peers = joined
+
+    def _share_a_group(self, peers: list[Peer]) -> bool:
+        """Whether one group reaches these peers and nobody else."""
+        shared = {id(group) for peer in peers for group in peer.groups}
+        members = sum(bool(peer.groups) for peer in self._peers.values())
+        return len(shared) == 1 and members == len(peers) and all(peer.groups for peer in peers)
+
+    async def _form_group(self, peers: list[Peer]) -> list[Peer]:
+        """Returns those to try again with: everyone if it formed, else all but the culprits.
+
+        ABORTED is what a replica answers that waited for the others in vain. Nobody is tried
+        again if nobody else is to blame.
+        """
         self._epoch += 1
         world_size, rank = 1 + sum(peer.num_workers for peer in peers), 1
-        joins: dict[Peer, Awaitable[None]] = {}
+        joins = []
         for peer in peers:
-            spec = self._spec("all", rank=rank, world_size=world_size)
-            joins[peer] = self._ask_to_join(peer, spec)
-            rank += peer.num_workers
-        end = _rank_zero(self._spec("all", rank=0, world_size=world_size))
-        try:
-            opened, joined = await asyncio.gather(
-                self._open([end]), each(joins, doing="joining the broadcast group")
+            joins.append(
+                self._ask_to_join(peer, self._spec("all", rank=rank, world_size=world_size))
             )
-        except BroadcastError as error:
-            logger.warning("no group this time: %s", error)
-            return
-        for peer in joined:
-            peer.groups, peer.epoch = opened, self._epoch
+            rank += peer.num_workers
+        end = _learner_end(self._spec("all", rank=0, world_size=world_size), worker=0)
+        outcomes: list[Any] = await asyncio.gather(
+            self._open([end]), *joins, return_exceptions=True
+        )
+        opened, answers = outcomes[0], outcomes[1:]
+        for answer in outcomes:
+            if isinstance(answer, BaseException) and not isinstance(answer, PeerError):
+                raise answer
+        if not isinstance(opened, PeerError):
+            for peer in peers:
+                peer.groups, peer.epoch = list(opened), self._epoch
+            return peers
+        errors = [answer if isinstance(answer, PeerError) else opened for answer in answers]
+        blamed = {
+            peer: error
+            for peer, error in zip(peers, errors, strict=True)
+            if error.status not in ("", "ABORTED")
+        }
+        culprits = blamed or dict.fromkeys(peers, opened)
+        for peer, error in culprits.items():
+            left_behind([peer], doing="joining the group", error=error)
+        return [peer for peer in peers if peer not in culprits]
 
     async def _open(self, ends: list[GroupSpec]) -> list[BroadcastGroup]:
         """The learner's ends, all at once; if one fails the others are closed."""
@@ -243,6 +275,6 @@ def left_behind(peers: Iterable[Peer], *, doing: str, error: Exception) -> None:
         peer.leave_groups()
 
 
-def _rank_zero(spec: GroupSpec) -> GroupSpec:
-    """The learner's end of the group that `spec` describes for a replica's worker."""
-    return replace(spec, rank=0)
+def _learner_end(spec: GroupSpec, *, worker: int) -> GroupSpec:
+    """Rank 0's spec of the group that `spec` gives to a replica's worker."""
+    return replace(spec, rank=0).for_worker(worker)

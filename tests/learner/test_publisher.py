@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from services.rollout.sampler import Sampler
 from services.rollout.service import SERVICE, RolloutServicer
 from shared.broadcast import BroadcastGroup, GroupSpec, Received, open_group, receive_weights
 from shared.buckets import Manifest, ParameterSpec
-from shared.errors import BroadcastError, StreamError
+from shared.errors import BroadcastError, EngineError, StreamError
 from shared.lease import Registry
 from shared.rpc import serve
 from shared.stream import Streams
@@ -67,7 +67,7 @@ class ReceivingEngine(FakeEngine):
 
     async def join_group(self, spec: GroupSpec) -> None:
         if self.fails_to_join:
-            raise BroadcastError("no route")
+            raise EngineError("the engine is dead")
         self.group = await asyncio.to_thread(open_group, spec.for_worker(0))
 
     async def begin_update(self, version: int, manifest: Manifest, *, bucket_bytes: int) -> None:
@@ -112,14 +112,18 @@ class RunningReplica:
 class Scene:
     """A learner's publisher and as many replicas as a test starts."""
 
-    def __init__(self, streams: Streams) -> None:
+    def __init__(self, streams: Streams, layout: Literal["pairs", "one"]) -> None:
         self.streams = streams
         self.registry = Registry(streams.client, prefix=streams.prefix)
         self.model = TwoTensors()
         self.replicas: dict[str, RunningReplica] = {}
         self.publisher = Publisher(
             fleet=Fleet(
-                self.registry, host="127.0.0.1", backend="gloo", timeout_seconds=TIMEOUT_SECONDS
+                self.registry,
+                host="127.0.0.1",
+                backend="gloo",
+                layout=layout,
+                timeout_seconds=TIMEOUT_SECONDS,
             ),
             registry=self.registry,
             engine=self.model,
@@ -185,9 +189,17 @@ async def on_engine(function: Callable[[], Any]) -> Any:
     return await asyncio.to_thread(function)
 
 
+both_layouts = pytest.mark.parametrize("layout", ["pairs", "one"])
+
+
 @pytest.fixture
-async def scene(streams: Streams) -> AsyncIterator[Scene]:
-    made = Scene(streams)
+def layout() -> str:
+    return "pairs"
+
+
+@pytest.fixture
+async def scene(streams: Streams, layout: Literal["pairs", "one"]) -> AsyncIterator[Scene]:
+    made = Scene(streams, layout)
     yield made
     await made.close()
 
@@ -199,6 +211,7 @@ def holds(running: RunningReplica, model: TwoTensors) -> bool:
     )
 
 
+@both_layouts
 async def test_every_replica_serves_what_the_learner_published(scene: Scene) -> None:
     replicas = [await scene.start("rollout-0"), await scene.start("rollout-1")]
     first = await scene.publisher.publish(0)
@@ -218,6 +231,7 @@ async def test_without_a_replica_nothing_is_announced(scene: Scene) -> None:
     assert await scene.registry.announced_version() is None
 
 
+@both_layouts
 async def test_a_replica_whose_canary_differs_must_not_serve(scene: Scene) -> None:
     good, bad = await scene.start("rollout-0"), await scene.start("rollout-1")
     bad.engine.damage = True
@@ -228,6 +242,7 @@ async def test_a_replica_whose_canary_differs_must_not_serve(scene: Scene) -> No
     assert not await scene.publisher.is_reached(0)
 
 
+@both_layouts
 async def test_a_replica_left_behind_is_brought_up_by_the_next_publication(scene: Scene) -> None:
     bad = await scene.start("rollout-0")
     bad.engine.damage = True
@@ -250,6 +265,7 @@ async def test_a_replica_that_hangs_up_does_not_keep_the_others_from_serving(
     assert (await scene.publisher.publish(0)).served == ("rollout-1",)
 
 
+@both_layouts
 async def test_a_replica_that_cannot_join_is_left_behind_within_the_deadline(scene: Scene) -> None:
     await scene.start("rollout-0")
     (await scene.start("rollout-1")).engine.fails_to_join = True
@@ -270,6 +286,7 @@ async def test_a_latecomer_gets_the_current_version_and_the_others_are_left_alon
     assert await scene.publisher.is_reached(3)
 
 
+@both_layouts
 async def test_a_replica_that_left_is_forgotten_and_one_that_came_back_is_new(
     scene: Scene,
 ) -> None:
