@@ -28,7 +28,7 @@ from shared.rpc import serve
 from shared.stream import Streams
 from tests.rollout.fake_engine import FakeEngine
 
-TIMEOUT_SECONDS = 2.0
+TIMEOUT_SECONDS = 5.0
 CANARY = array("I", [1, 2, 3])
 
 
