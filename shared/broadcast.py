@@ -207,7 +207,10 @@ class BroadcastGroup:
             if self._process_group is None:
                 raise self._error("closed during a broadcast")
             if time.monotonic() > deadline:
-                raise self._error(f"a peer was silent for {self.spec.timeout_seconds} s")
+                raise self._error(
+                    f"a peer was silent for {self.spec.timeout_seconds} s",
+                    status="DEADLINE_EXCEEDED",
+                )
 
     def _is_done(self, work: Work) -> bool:
         """Wait for a moment; True if the broadcast succeeded."""
@@ -242,10 +245,11 @@ class BroadcastGroup:
             target=_release, args=(holder, self.spec.backend), name="close-group"
         ).start()
 
-    def _error(self, reason: str) -> BroadcastError:
+    def _error(self, reason: str, *, status: str = "") -> BroadcastError:
         return BroadcastError(
             f"epoch {self.spec.epoch}, group {self.spec.key!r}, "
-            f"rank {self.spec.rank} of {self.spec.world_size}: {reason}"
+            f"rank {self.spec.rank} of {self.spec.world_size}: {reason}",
+            status=status,
         )
 
 

@@ -35,7 +35,8 @@ class PeerError(IsentropeError):
     """Another process did not do its part.
 
     Attributes:
-        status: of the gRPC call that failed, as `DEADLINE_EXCEEDED`; empty if there was none.
+        status: one word for what happened, gRPC's where there is one (`DEADLINE_EXCEEDED`), or
+            empty.
     """
 
     def __init__(self, message: str, *, status: str = "") -> None:

@@ -153,7 +153,7 @@ LEARNER_CHECKPOINTS = Counter(
 )
 
 PHASES = ("wait_data", "forward_backward", "weight_publish", "checkpoint")
-SYNC_RESULTS = ("ok", "error", "timeout", "checksum", "canary")
+SYNC_RESULTS = ("ok", "error", "timeout", "canary")
 
 _LEARNER_GAUGES = {
     "entropy": ("policy_entropy_nats", "Full-vocabulary entropy, token mean."),

@@ -20,6 +20,9 @@ from shared.rpc import call, open_channel
 
 logger = logging.getLogger(__name__)
 
+CANARY = "CANARY"
+"""`PeerError.status` of a replica whose canary's log-probs differ."""
+
 
 @dataclass(eq=False, slots=True)
 class Peer:
@@ -265,11 +268,11 @@ async def each(calls: Mapping[Peer, Awaitable[object]], *, doing: str) -> list[P
     return succeeded
 
 
-def left_behind(peers: Iterable[Peer], *, doing: str, error: Exception) -> None:
+def left_behind(peers: Iterable[Peer], *, doing: str, error: PeerError) -> None:
     """These serve nothing the learner vouches for, until a later publication reaches them."""
+    results = {"DEADLINE_EXCEEDED": "timeout", CANARY: "canary"}
     for peer in peers:
-        result = "timeout" if "DEADLINE" in str(error) or "silent" in str(error) else "error"
-        WEIGHT_SYNC_OPERATIONS.labels(result=result).inc()
+        WEIGHT_SYNC_OPERATIONS.labels(result=results.get(error.status, "error")).inc()
         logger.warning("left %s behind while %s: %s", peer.name, doing, error)
         peer.policy_version = None
         peer.leave_groups()

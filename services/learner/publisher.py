@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from protos import rollout_pb2 as pb
-from services.learner.fleet import Fleet, Peer, each, left_behind
+from services.learner.fleet import CANARY, Fleet, Peer, each, left_behind
 from shared.broadcast import SendReport, send_weights
 from shared.buckets import Manifest
 from shared.codec import pack_token_ids, unpack_logprobs
@@ -202,12 +202,12 @@ class Publisher:
         differences = [abs(a - b) for a, b in zip(theirs, ours, strict=True)]
         if all(difference <= self._canary_tolerance for difference in differences):
             return
-        WEIGHT_SYNC_OPERATIONS.labels(result="canary").inc()
         request = pb.AbortUpdateRequest(policy_version=policy_version)
         await self._call(peer, peer.stub.AbortUpdate, request)
         raise PeerError(
             f"{peer.name}: canary log-probs differ by {max(differences):.3g} nats, more than"
-            f" weights.canary_tolerance = {self._canary_tolerance}"
+            f" weights.canary_tolerance = {self._canary_tolerance}",
+            status=CANARY,
         )
 
     async def _announce(self, policy_version: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -47,6 +48,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
             sys.executable, "-m", "services.learner.warmup",
             "--config", str(run_file), "--folder", str(trained),
         ],
+        # Threads of a model this small wait for each other, long where a processor is busy.
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=True,
         timeout=300,
     )  # fmt: skip

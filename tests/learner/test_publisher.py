@@ -24,6 +24,7 @@ from shared.broadcast import BroadcastGroup, GroupSpec, Received, open_group, re
 from shared.buckets import Manifest, ParameterSpec
 from shared.errors import BroadcastError, EngineError, StreamError
 from shared.lease import Registry
+from shared.metrics import WEIGHT_SYNC_OPERATIONS
 from shared.rpc import serve
 from shared.stream import Streams
 from tests.rollout.fake_engine import FakeEngine
@@ -235,10 +236,13 @@ async def test_without_a_replica_nothing_is_announced(scene: Scene) -> None:
 async def test_a_replica_whose_canary_differs_must_not_serve(scene: Scene) -> None:
     good, bad = await scene.start("rollout-0"), await scene.start("rollout-1")
     bad.engine.damage = True
+    # Both ends count, and here they are one process: the replica first, the learner next.
+    rejected = 1 + WEIGHT_SYNC_OPERATIONS.labels(result="canary")._value.get()
     publication = await scene.publisher.publish(0)
     assert (publication.served, publication.failed) == (("rollout-0",), ("rollout-1",))
     assert good.replica.state is State.SERVING
     assert bad.replica.state is State.STALE
+    assert WEIGHT_SYNC_OPERATIONS.labels(result="canary")._value.get() == rejected + 1
     assert not await scene.publisher.is_reached(0)
 
 
