@@ -20,7 +20,6 @@ VERIFIER = "verifier"
 REDIS = "redis"
 
 _STAGES = {LEARNER: 0, ROLLOUT: 1, VERIFIER: 1, REDIS: 2}
-_WARMUP_THREADS = 8  # more do not help a model this small
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,7 @@ def plan_warmup(config: RunConfig, run_file: Path) -> Launch:
     """The process that trains the small model a run without one starts from."""
     command = _python("services.learner.warmup", "--config", str(run_file))
     environment = {
-        "OMP_NUM_THREADS": str(min(os.cpu_count() or 1, _WARMUP_THREADS)),
+        "OMP_NUM_THREADS": "1",  # two wait for each other on a busy machine: many times slower
         "PYTHONUNBUFFERED": "1",
     }
     return Launch(
