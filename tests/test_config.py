@@ -86,6 +86,10 @@ def test_every_run_file_that_is_shipped_is_valid(path: Path) -> None:
             RUN + "[warmup]\n[off_policy]\nlower = 9.0\n",
             "off_policy.lower = 9.0: must be below upper = 5.0",
         ),
+        (
+            RUN + "[warmup]\nnum_heads = 8\n",
+            "warmup.num_heads = 8: a head must be a multiple of 32",
+        ),
         ("run = [", "not TOML"),
     ],
 )

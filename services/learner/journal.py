@@ -23,25 +23,20 @@ class Journal:
         self._file.write(json.dumps({key: _plain(value) for key, value in row.items()}) + "\n")
         self._file.flush()
 
-    def cut_after(self, step: int) -> None:
-        """Forget rows of later steps, and a last row that a crash left unfinished."""
+    @property
+    def num_bytes(self) -> int:
+        """Length of the file; a checkpoint keeps it."""
+        return self._path.stat().st_size
+
+    def cut_to(self, num_bytes: int) -> None:
+        """Forget what was written after the file had this length."""
         self._file.close()
-        kept = [line for line in self._path.read_text("utf8").splitlines() if _step(line) <= step]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), "utf8")
-        os.replace(temporary, self._path)
+        os.truncate(self._path, min(num_bytes, self.num_bytes))
         self._file = self._path.open("a", encoding="utf8")
 
     def close(self) -> None:
         """No more rows."""
         self._file.close()
-
-
-def _step(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
 
 
 def _plain(value: Any) -> Any:

@@ -138,8 +138,9 @@ class Learner:
     async def _begin(self, *, resume: bool) -> None:
         checkpoint = newest_checkpoint(self._checkpoints) if resume else None
         step = checkpoint.step if checkpoint else 0
-        for journal in (self.journal, self.history):
-            journal.cut_after(step)
+        lengths = checkpoint.state["journals"] if checkpoint else {}
+        for name, journal in self._journals.items():
+            journal.cut_to(lengths.get(name, 0))
         if checkpoint is not None:
             await self._restore(checkpoint)
         await self._publish()
@@ -237,8 +238,7 @@ class Learner:
     async def _wait_for_groups(self, num_missing: int) -> None:
         """Called about twice a second while no group comes."""
         await self._obey()
-        if not await self.publisher.is_reached(self.progress.policy_version):
-            await self._publish()
+        await self._bring_late_replicas_up()
         await self._observe()
         replicas = self.publisher.replicas
         self.progress.enter(
@@ -246,6 +246,10 @@ class Learner:
             f" {self.progress.step + 1}"
             + ("" if replicas else "; no rollout replica holds a lease")
         )
+
+    async def _bring_late_replicas_up(self) -> None:
+        if not await self.publisher.is_reached(self.progress.policy_version):
+            await self._publish()
 
     async def _wait_for_evaluations(self, _: int) -> None:
         await self._wait_for_groups(0)
@@ -271,6 +275,7 @@ class Learner:
         while self.progress.is_paused:
             self.progress.enter("is paused on request")
             await asyncio.sleep(POLL_SECONDS)
+            await self._bring_late_replicas_up()
             if self.progress.is_stopping:
                 raise StopRequestedError
 
@@ -312,6 +317,7 @@ class Learner:
                 "evaluator": self.evaluator.state_dict(),
                 "law": self.law.state_dict(),
                 "metrics": self.progress.metrics,
+                "journals": {name: each.num_bytes for name, each in self._journals.items()},
             },
         )
 
@@ -340,6 +346,10 @@ class Learner:
             yield
         finally:
             self.phases[name] = self.phases.get(name, 0.0) + time.monotonic() - started
+
+    @property
+    def _journals(self) -> dict[str, Journal]:
+        return {"metrics": self.journal, "ledger": self.history}
 
     @property
     def _checkpoints(self) -> Path:

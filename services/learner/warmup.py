@@ -77,11 +77,6 @@ def _checked(config: RunConfig) -> tuple[WarmupConfig, DemonstratedTask]:
     warmup = config.warmup
     if warmup is None:
         raise ConfigError("there is no [warmup] in the run file; add it")
-    if warmup.hidden_size % (2 * warmup.num_heads):
-        raise ConfigError(
-            f"warmup.num_heads = {warmup.num_heads}: twice that must divide hidden_size ="
-            f" {warmup.hidden_size}; use a divisor"
-        )
     task = load_task(config.task.name, config.task.params)
     if not isinstance(task, DemonstratedTask):
         raise ConfigError(

@@ -98,6 +98,15 @@ class WarmupConfig(Section):
     intermediate_size: Count = 256
     """Width of the feed-forward layers."""
 
+    @model_validator(mode="after")
+    def _heads_are_of_a_size_that_vllm_has(self) -> Self:
+        if self.hidden_size % (32 * self.num_heads):
+            raise ValueError(
+                f"warmup.num_heads = {self.num_heads}: a head must be a multiple of 32 wide for"
+                f" vLLM on a CPU, and hidden_size = {self.hidden_size}; change one of them"
+            )
+        return self
+
 
 class TaskConfig(Section):
     """Where prompts come from and how completions are scored."""

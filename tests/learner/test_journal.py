@@ -18,19 +18,23 @@ def test_rows_are_on_the_disk_when_write_returns(tmp_path: Path) -> None:
     journal.close()
 
 
-def test_a_resumed_run_forgets_later_steps_and_a_torn_last_row(tmp_path: Path) -> None:
+def test_a_resumed_run_forgets_what_came_after_its_checkpoint_and_a_torn_last_row(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "metrics.jsonl"
     journal = Journal(path)
-    for step in (1, 2, 3):
-        journal.write({"step": step})
+    journal.write({"step": 2})
+    at_checkpoint = journal.num_bytes
+    journal.write({"step": 2, "eval_score": 0.5})
+    journal.write({"step": 3})
     journal.close()
     with path.open("a") as file:
-        file.write('{"step": 2, "lo')
+        file.write('{"step": 4, "lo')
     resumed = Journal(path)
-    resumed.cut_after(2)
+    resumed.cut_to(at_checkpoint)
     resumed.write({"step": 3, "again": True})
     resumed.close()
-    assert read(path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+    assert read(path) == [{"step": 2}, {"step": 3, "again": True}]
 
 
 def test_nan_becomes_null_since_json_has_no_nan(tmp_path: Path) -> None:

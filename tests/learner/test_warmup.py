@@ -30,7 +30,7 @@ num_steps = {num_steps}
 batch_size = 8
 hidden_size = 32
 num_layers = 2
-num_heads = {num_heads}
+num_heads = 1
 intermediate_size = 48
 [task]
 name = "{task}"
@@ -44,10 +44,9 @@ def run_text(
     num_steps: int = 3,
     seed: int = 1,
     dtype: str = "float32",
-    num_heads: int = 2,
     task: str = "countdown",
 ) -> str:
-    return RUN.format(seed=seed, dtype=dtype, num_steps=num_steps, num_heads=num_heads, task=task)
+    return RUN.format(seed=seed, dtype=dtype, num_steps=num_steps, task=task)
 
 
 def make_config(
@@ -55,12 +54,9 @@ def make_config(
     num_steps: int = 3,
     seed: int = 1,
     dtype: str = "float32",
-    num_heads: int = 2,
     task: str = "countdown",
 ) -> RunConfig:
-    return parse_run(
-        run_text(num_steps=num_steps, seed=seed, dtype=dtype, num_heads=num_heads, task=task)
-    )
+    return parse_run(run_text(num_steps=num_steps, seed=seed, dtype=dtype, task=task))
 
 
 class Accented(Countdown):
@@ -221,7 +217,6 @@ def test_help_does_not_import_torch() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (make_config(num_heads=3), "warmup.num_heads = 3: twice that must divide hidden_size = 32"),
         (
             make_config(task="tests.verifier.hostile:HostileTask"),
             "has no demonstrations for a [warmup] to imitate",
