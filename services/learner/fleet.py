@@ -108,7 +108,11 @@ class Fleet:
             await self._connect_pairs([peer for peer in peers if not peer.groups])
         else:
             await self._connect_all(peers)
-        return [peer for peer in peers if peer.groups]
+        connected = [peer for peer in peers if peer.groups]
+        if peers and not connected:
+            # Living replicas, and none came through: the store itself may be what failed.
+            self._store = open_store(self._host)
+        return connected
 
     async def close(self) -> None:
         """Leave every group and close every channel."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import secrets
+import threading
 from array import array
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
@@ -184,6 +186,11 @@ class Scene:
             if running.engine.group is not None:
                 running.engine.group.close()
             await running.stack.aclose()
+        # Groups are freed in threads of their own; the next test starts with none of them.
+        for thread in threading.enumerate():
+            if thread.name == "close-group":
+                await asyncio.to_thread(thread.join, 10.0)
+        gc.collect()
 
 
 async def on_engine(function: Callable[[], Any]) -> Any:
