@@ -19,7 +19,7 @@ $(VENV)/.ready: deploy/setup.sh $(wildcard deploy/requirements/*.txt) pyproject.
 demo: setup ## Train the built-in model: warm-up, then RL with two replicas, with a report
 	$(BIN)/isentrope up deploy/config/demo.toml
 
-test: setup ## Unit tests and one short run with real parts
+test: setup ## Unit tests, then short runs with real parts, and with parts killed
 	$(BIN)/python -m pytest
 
 lint: setup check-proto ## Formatting, lint, types, generated code

@@ -68,10 +68,6 @@ class View:
     rows: Sequence[Row]
     trouble: str = ""
 
-    def answering(self) -> set[tuple[str, str]]:
-        """Role and name of each service that holds a lease and answers."""
-        return {(each.member.role, each.member.name) for each in self.services if each.answers}
-
 
 class Observer:
     """Looks at one run again and again; close it."""

@@ -40,7 +40,7 @@ from services.learner.publisher import OnEngine, Publisher
 from services.learner.telemetry import count_step, numbers, observe_queues, step_row
 from shared.config import RunConfig
 from shared.errors import CheckpointError, StreamError
-from shared.metrics import LEARNER_CHECKPOINTS, LearnerGauges
+from shared.metrics import LEARNER_CHECKPOINTS, LEARNER_PHASE, LearnerGauges
 from shared.records import ScoredGroup
 from shared.stream import Streams
 
@@ -197,7 +197,6 @@ class Learner:
             batch,
             report,
             loss_mode=self.config.policy_loss.loss_mode,
-            phases=self.phases,
             seconds=seconds,
         )
         row = step_row(
@@ -292,18 +291,18 @@ class Learner:
         Raises:
             CheckpointError: it could not be written.
         """
-        waiting, self.progress.checkpoint_requests = self.progress.checkpoint_requests, []
+        asked, self.progress.checkpoint_requests = self.progress.checkpoint_requests, []
         with self._phase("checkpoint", f"writes the checkpoint of step {self.progress.step}"):
             try:
                 folder: Path = await self.on_engine(self._write_checkpoint)
             except CheckpointError as error:
                 LEARNER_CHECKPOINTS.labels(result="error").inc()
-                for future in waiting:
+                for future in _unanswered(asked):
                     future.set_exception(error)
                 raise
             await self.inbox.acknowledge()
         LEARNER_CHECKPOINTS.labels(result="ok").inc()
-        for future in waiting:
+        for future in _unanswered(asked):
             future.set_result(folder)
         prune_checkpoints(self._checkpoints, keep=self.config.checkpoint.keep)
 
@@ -345,7 +344,9 @@ class Learner:
         try:
             yield
         finally:
-            self.phases[name] = self.phases.get(name, 0.0) + time.monotonic() - started
+            spent = time.monotonic() - started
+            self.phases[name] = self.phases.get(name, 0.0) + spent
+            LEARNER_PHASE.labels(phase=name).inc(spent)
 
     @property
     def _journals(self) -> dict[str, Journal]:
@@ -354,3 +355,8 @@ class Learner:
     @property
     def _checkpoints(self) -> Path:
         return self.run_folder / "checkpoints"
+
+
+def _unanswered(asked: list[asyncio.Future[Path]]) -> list[asyncio.Future[Path]]:
+    """A caller whose deadline passed has cancelled its future."""
+    return [future for future in asked if not future.done()]

@@ -13,7 +13,6 @@ from shared.metrics import (
     LEARNER_DEGENERATE,
     LEARNER_INTERVENED,
     LEARNER_NONFINITE,
-    LEARNER_PHASE,
     LEARNER_SAMPLES,
     LEARNER_STALENESS,
     LEARNER_STEP_SECONDS,
@@ -34,7 +33,6 @@ def count_step(
     report: StepReport,
     *,
     loss_mode: str,
-    phases: Mapping[str, float],
     seconds: float,
 ) -> None:
     """Add a step to the counters and histograms."""
@@ -49,8 +47,6 @@ def count_step(
     LEARNER_NONFINITE.labels(tensor="grad").inc(metrics.get("nonfinite_grad", 0))
     if "selected_tokens" in metrics:
         LEARNER_INTERVENED.labels(mechanism=loss_mode).inc(metrics["selected_tokens"])
-    for phase, spent in phases.items():
-        LEARNER_PHASE.labels(phase=phase).inc(spent)
     for side in ("low", "high"):
         clipped = metrics.get(f"clip_fraction_{side}", 0) * metrics.get("tokens", 0)
         LEARNER_INTERVENED.labels(mechanism=f"ratio_clip_{side}").inc(clipped)
