@@ -23,6 +23,9 @@ class TokenStatistics(NamedTuple):
     """None unless a clamp_p was given."""
     removed_mass: Tensor | None
     """None unless a clamp_p was given; carries no gradient."""
+    mean_pull: Tensor | None = None
+    """sum over v of p_v^2 (log p_v + H), for `entropy_influence`; None unless it was asked for,
+    and without a gradient."""
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
@@ -67,6 +70,7 @@ def fused_logprob_entropy(
     temperature: float,
     clamp_p: float | None = None,
     chunk: int,
+    with_mean_pull: bool = False,
 ) -> TokenStatistics:
     """Log-probability of the targets and entropies, without ever holding the [T, V] logits.
 
@@ -82,6 +86,7 @@ def fused_logprob_entropy(
         temperature: > 0, that of the sampler.
         clamp_p: as in clamped_entropy; None leaves the clamped entropy out.
         chunk: tokens at a time, >= 1; changes memory, not results.
+        with_mean_pull: a pass over the logits more, for the diagnostics of a step.
     Raises:
         ValueError: the shapes disagree, or a number is out of range.
     """
@@ -99,15 +104,19 @@ def fused_logprob_entropy(
     if clamp_p is not None:
         _num_removed(head_weight.shape[0], clamp_p)
     parts = [
-        _statistics_recomputed(part, head_weight, target, temperature, clamp_p)
+        _statistics_recomputed(part, head_weight, target, temperature, clamp_p, with_mean_pull)
         for part, target in zip(
             torch.split(hidden, chunk), torch.split(targets, chunk), strict=True
         )
     ]
-    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-    if clamp_p is None:
-        return TokenStatistics(columns[0], columns[1], None, None)
-    return TokenStatistics(*columns)
+    logprob, entropy, clamped, removed_mass, mean_pull = map(torch.cat, zip(*parts, strict=True))
+    return TokenStatistics(
+        logprob,
+        entropy,
+        clamped if clamp_p is not None else None,
+        removed_mass if clamp_p is not None else None,
+        mean_pull if with_mean_pull else None,
+    )
 
 
 def predicted_entropy_change_policy_gradient(
@@ -158,7 +167,7 @@ def predicted_entropy_change_sampled(
         dH = -learning_rate * A * (p_a (log p_a + H) - sum over v of p_v^2 (log p_v + H))
 
     Unlike the token covariance it is exact to first order for a softmax over free logits. Where
-    a step averages over several samples of one position, so does the change.
+    a step averages over several samples of one position, so does the change. No gradient.
 
     Args:
         logits: [..., V]. actions: [...] int64, the sampled ones. advantages: [...].
@@ -167,17 +176,42 @@ def predicted_entropy_change_sampled(
     """
     check_same_shape(actions=actions, advantages=advantages, positions=logits[..., 0])
     log_probs = _log_softmax(logits)
-    probs = log_probs.exp()
-    surprise = log_probs.masked_fill(probs == 0, 0.0) + _entropy(log_probs).unsqueeze(-1)
-    pull = probs * surprise
-    of_action = pull.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
-    return -learning_rate * advantages * (of_action - (probs * pull).sum(-1))
+    logprob = log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+    entropy = _entropy(log_probs)
+    pull = _mean_pull(log_probs, entropy)
+    return learning_rate * entropy_influence(logprob, entropy, pull, advantages)
+
+
+def entropy_influence(
+    logprobs: Tensor, entropy: Tensor, mean_pull: Tensor, advantages: Tensor
+) -> Tensor:
+    """First-order change of the entropy per unit of learning rate, from token quantities alone.
+
+        -A * (p (log p + H) - sum over v of p_v^2 (log p_v + H)),    p = exp(logprob)
+
+    `predicted_entropy_change_sampled` where the logits are gone: likely and good tokens are
+    below 0, rare and good ones above it. No gradient.
+
+    Args:
+        logprobs, entropy, mean_pull: [...], of the sampled token and its position, as
+            `fused_logprob_entropy` gives them. advantages: [...].
+    Raises:
+        ValueError: the shapes disagree.
+    """
+    check_same_shape(logprobs=logprobs, entropy=entropy, mean_pull=mean_pull, advantages=advantages)
+    pull = _pull(logprobs.detach(), entropy.detach())
+    return -advantages.detach() * (pull - mean_pull.detach())
 
 
 def _statistics_recomputed(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, temperature: float, clamp_p: float | None
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    clamp_p: float | None,
+    with_mean_pull: bool,
 ) -> tuple[Tensor, ...]:
-    arguments = (hidden, head_weight, targets, temperature, clamp_p)
+    arguments = (hidden, head_weight, targets, temperature, clamp_p, with_mean_pull)
     if not torch.is_grad_enabled():
         return _statistics(*arguments)
     # Nothing in here draws random numbers, so their state need not be kept.
@@ -188,15 +222,24 @@ def _statistics_recomputed(
 
 
 def _statistics(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, temperature: float, clamp_p: float | None
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    clamp_p: float | None,
+    with_mean_pull: bool,
 ) -> tuple[Tensor, ...]:
-    """(logprob, entropy, clamped entropy, removed mass); the last two empty without clamp_p."""
+    """The fields of TokenStatistics; those that were not asked for are empty."""
     logits = _at_least_float32(hidden @ head_weight.T) / temperature
     log_probs = _log_softmax(logits)
     logprob = log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    if clamp_p is None:
-        return logprob, _entropy(log_probs), logprob.new_empty(0), logprob.new_empty(0)
-    return logprob, _entropy(log_probs), *clamped_entropy(logits, clamp_p=clamp_p)
+    entropy = _entropy(log_probs)
+    clamped = removed_mass = mean_pull = logprob.new_empty(0)
+    if clamp_p is not None:
+        clamped, removed_mass = clamped_entropy(logits, clamp_p=clamp_p)
+    if with_mean_pull:
+        mean_pull = _mean_pull(log_probs, entropy)
+    return logprob, entropy, clamped, removed_mass, mean_pull
 
 
 def _num_removed(vocabulary: int, clamp_p: float) -> int:
@@ -227,6 +270,18 @@ def _policy_covariance(log_probs: Tensor, values: Tensor) -> Tensor:
     probs = log_probs.exp()
     centred = values - (probs * values).sum(-1, keepdim=True)
     return (probs * log_probs.masked_fill(probs == 0, 0.0) * centred).sum(-1)
+
+
+@torch.no_grad()
+def _mean_pull(log_probs: Tensor, entropy: Tensor) -> Tensor:
+    """sum over v of p_v^2 (log p_v + H): what the policy's average token pulls at the entropy."""
+    return (log_probs.exp() * _pull(log_probs, entropy.unsqueeze(-1))).sum(-1)
+
+
+def _pull(log_probs: Tensor, entropy: Tensor) -> Tensor:
+    """p (log p + H): minus the derivative of the entropy by the logit; 0 where p is 0."""
+    finite = log_probs.masked_fill(log_probs == -torch.inf, 0.0)
+    return log_probs.exp() * (finite + entropy)
 
 
 def _entropy(log_probs: Tensor) -> Tensor:

@@ -178,6 +178,92 @@ class TargetEntropyController:
         self._is_open = bool(state["is_open"])
 
 
+class EntropyPIController:
+    """Steers the entropy to a target with a signed coefficient: proportional plus integral.
+
+        e = H - target,    coefficient = clip(proportional * e + integral * sum of e, -1, 1)
+
+    EntroPIC (https://arxiv.org/abs/2511.15248), whose loss adds coefficient *
+    `shared.rl.loss.high_probability_surrogate`: above the target a positive coefficient sharpens
+    the likely tokens, below it a negative one flattens them. Here e is added once per step,
+    while the release adds it per micro-batch.
+
+    The sum cannot wind up: it stays within +-integral_limit, and an error that pushes further an
+    output that is saturated even without it is not added. However long a saturation lasted, the
+    coefficient pushes the wrong way for at most integral_limit / |e| updates of the opposite e.
+    """
+
+    def __init__(
+        self, *, target: float, proportional: float, integral: float, integral_limit: float
+    ) -> None:
+        """Start with a coefficient of 0 and an empty sum.
+
+        Args:
+            target: nats.
+            proportional: coefficient per nat.
+            integral: coefficient per nat and update.
+            integral_limit: bound of the sum of errors, in nats.
+        Raises:
+            ValueError: target or integral_limit is not above 0, or a gain is infinite or negative,
+                which would drive the entropy away from the target.
+        """
+        if not (target > 0 and integral_limit > 0):
+            raise ValueError(
+                f"need target > 0 and integral_limit > 0, got {target} and {integral_limit}"
+            )
+        if not (0 <= proportional < math.inf and 0 <= integral < math.inf):
+            raise ValueError(f"need finite gains >= 0, got {proportional} and {integral}")
+        self._target = target
+        self._proportional = proportional
+        self._integral = integral
+        self._integral_limit = integral_limit
+        self._coefficient = 0.0
+        self._error_sum = 0.0
+
+    @property
+    def coefficient(self) -> float:
+        """What the next step's loss applies, in [-1, 1]."""
+        return self._coefficient
+
+    @property
+    def error_sum(self) -> float:
+        """The integral part's sum of errors, in nats."""
+        return self._error_sum
+
+    def update(self, entropy: float) -> float:
+        """Take in the entropy of the step that ended; return the new coefficient.
+
+        Raises:
+            ValueError: entropy is not finite; the state is as before.
+        """
+        _check_entropy(entropy)
+        error = entropy - self._target
+        output = self._output(error)
+        is_saturated = output >= 1 if error > 0 else output <= -1
+        if not is_saturated:
+            moved = self._error_sum + error
+            self._error_sum = _clip(moved, -self._integral_limit, self._integral_limit)
+        self._coefficient = _clip(self._output(error), -1.0, 1.0)
+        return self._coefficient
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint must hold; plain numbers."""
+        return {"coefficient": self._coefficient, "error_sum": self._error_sum}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Continue from a state_dict; a sum outside a changed limit is moved into it.
+
+        Raises:
+            ValueError: the keys are not those of this controller.
+        """
+        _check_keys(state, self.state_dict())
+        self._coefficient = _clip(state["coefficient"], -1.0, 1.0)
+        self._error_sum = _clip(state["error_sum"], -self._integral_limit, self._integral_limit)
+
+    def _output(self, error: float) -> float:
+        return self._proportional * error + self._integral * self._error_sum
+
+
 def scheduled_coefficient(
     step: int, *, start: float, end: float, num_steps: int, shape: Shape
 ) -> float:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shared.rl.student_t import t_quantile
+
 MIN_POINTS = 3
 MAX_CONDITION = 1e6
 """Above it exp(H) is a constant but for rounding, and a and b cannot be told apart."""
@@ -56,6 +58,26 @@ class EntropyLaw:
         return math.sqrt(math.fsum(error**2 for error in errors) / len(errors))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What a law and the entropy's trend say of the rest of a run; NaN for what is unknown.
+
+    H_now is the trend line at the last step, so that one noisy step does not move the forecast.
+    """
+
+    score_at_floor: float
+    """The law's score where the entropy is down to the floor."""
+    gain_left: float
+    """score_at_floor minus the law's score at H_now."""
+    consumed: float
+    """`consumed` from the first entropy to H_now, down to the floor. Not clamped: below 0 the
+    entropy has risen, above 1 it is under the floor. NaN where the run began at the floor."""
+    rate: float
+    """Slope of the trend line in nats per step; negative where the entropy falls."""
+    steps_left: float
+    """Steps to the floor at that rate: 0 at or under it, inf where the entropy does not fall."""
+
+
 def fit(
     entropies: Sequence[float], scores: Sequence[float], *, confidence: float = 0.95
 ) -> EntropyLaw:
@@ -89,7 +111,7 @@ def fit(
     squared_error = float((y - slope * x - b).square().sum())
     squared_total = float((y - y.mean()).square().sum())
     deviation = math.sqrt(squared_error / (len(x) - 2))
-    reach = deviation * _t_quantile((1 + confidence) / 2, len(x) - 2)
+    reach = deviation * t_quantile((1 + confidence) / 2, len(x) - 2)
     return EntropyLaw(
         a=-slope,
         b=b,
@@ -117,6 +139,82 @@ def consumed(h_start: float, h_now: float, h_end: float = 0.0) -> float:
     if not h_start > h_end:
         raise ValueError(f"no entropy to spend between {h_start} and {h_end}")
     return (h_start - h_now) / (h_start - h_end)
+
+
+def forecast(
+    law: EntropyLaw,
+    steps: Sequence[int],
+    entropies: Sequence[float],
+    *,
+    floor: float,
+    window: int,
+) -> Forecast:
+    """Where the run ends if its entropy goes on as over the last `window` points.
+
+        steps_left = (H_now - floor) / -rate,    gain_left = law(floor) - law(H_now)
+
+    The rate is the least-squares slope of the entropy over the step. A falling entropy usually
+    slows down, so steps_left is rather too small than too large.
+
+    Args:
+        steps: ascending. entropies: one per step, in nats.
+        floor: nats, >= 0; the entropy at which the run counts as spent.
+        window: points, >= 2; a shorter curve is taken whole.
+    Returns:
+        With one point H_now is its entropy and the rate unknown; with none, score_at_floor is
+        all that is known.
+    Raises:
+        ValueError: the lengths differ, a number is not finite, the steps do not ascend, or floor
+            or window is out of range.
+    """
+    _check_curve(steps, entropies)
+    if not (0 <= floor < math.inf and window >= 2):
+        raise ValueError(f"need floor >= 0 and window >= 2, got {floor} and {window}")
+    now, rate = _trend(steps[-window:], entropies[-window:])
+    score_at_floor = law.predict(floor)
+    has_entropy_to_spend = bool(entropies) and entropies[0] > floor
+    return Forecast(
+        score_at_floor=score_at_floor,
+        gain_left=score_at_floor - law.predict(now),
+        consumed=consumed(entropies[0], now, floor) if has_entropy_to_spend else math.nan,
+        rate=rate,
+        steps_left=_steps_left(now - floor, rate),
+    )
+
+
+def _trend(steps: Sequence[int], entropies: Sequence[float]) -> tuple[float, float]:
+    """(value at the last step, slope) of the least-squares line; the value is at least 0."""
+    if not entropies:
+        return math.nan, math.nan
+    first = entropies[0]
+    if len(entropies) < 2:
+        return first, math.nan
+    # Measured from the first value, so that a constant entropy has a slope of exactly 0.
+    risen = [entropy - first for entropy in entropies]
+    mean = math.fsum(risen) / len(risen)
+    mean_step = math.fsum(steps) / len(steps)
+    away = [step - mean_step for step in steps]
+    spread = math.fsum(distance**2 for distance in away)
+    slope = math.fsum(d * h for d, h in zip(away, risen, strict=True)) / spread
+    # A line through a curve that flattens ends below it, and no entropy is negative.
+    return max(0.0, first + mean + slope * away[-1]), slope
+
+
+def _steps_left(distance: float, rate: float) -> float:
+    if distance <= 0:
+        return 0.0
+    if rate >= 0:
+        return math.inf
+    return distance / -rate
+
+
+def _check_curve(steps: Sequence[int], entropies: Sequence[float]) -> None:
+    if len(steps) != len(entropies):
+        raise ValueError(f"{len(steps)} steps do not pair with {len(entropies)} entropies")
+    if not all(math.isfinite(value) for value in (*steps, *entropies)):
+        raise ValueError("a step or an entropy is not finite")
+    if list(steps) != sorted(set(steps)):
+        raise ValueError("the steps do not ascend")
 
 
 def _check_points(entropies: Sequence[float], scores: Sequence[float]) -> None:
@@ -162,27 +260,3 @@ def _unidentifiable(num_points: int, condition: float, confidence: float) -> Ent
         b_interval=(nan, nan),
         ceiling_interval=(nan, nan),
     )
-
-
-def _t_quantile(probability: float, degrees: int) -> float:
-    """Inverse of Student's t distribution for a probability in (0.5, 1), by bisection."""
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        angle = (low + high) / 2
-        if (1 + _t_central_mass(angle, degrees)) / 2 < probability:
-            low = angle
-        else:
-            high = angle
-    return math.sqrt(degrees) * math.tan(low)
-
-
-def _t_central_mass(angle: float, degrees: int) -> float:
-    """P(|t| < sqrt(degrees) tan(angle)): Abramowitz and Stegun, 26.7.3 and 26.7.4."""
-    sine, cosine = math.sin(angle), math.cos(angle)
-    is_odd = degrees % 2
-    term = cosine if is_odd else 1.0
-    total = 0.0
-    for k in range(1 + is_odd, degrees, 2):
-        total += term
-        term *= cosine**2 * k / (k + 1)
-    return (angle + sine * total) * 2 / math.pi if is_odd else sine * total

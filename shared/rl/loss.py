@@ -1,16 +1,17 @@
 """Policy losses, a value per token, and the ways to add them up.
 
 A surrogate returns a loss (to be minimised) with the shape of its inputs, usually [B, T], and
-knows no mask; `aggregate` applies the mask. Between them stands one convention: a token with a
-NaN or infinite input has the loss NaN and no gradient. Where the mask hides it, neither value
-nor gradient ever sees it; where the mask shows it, the loss is NaN and cannot be overlooked.
+knows no mask (but GSPO's, whose ratio is a whole row's); `aggregate` applies the mask. Between
+them stands one convention: a token with a NaN or infinite input has the loss NaN and no
+gradient. Where the mask hides it, neither value nor gradient ever sees it; where the mask shows
+it, the loss is NaN and cannot be overlooked.
 
 old_logprobs are those of the policy that the ratio is taken against: the learner's weights at
 the batch's start (proximal). Gradients flow into logprobs only.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,7 +22,13 @@ MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to +-20 before exp: exp(800) would make the loss inf and every
 gradient NaN, while a ratio beyond exp(20) carries no information."""
 
-Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
+Aggregation = Literal[
+    "token-mean",
+    "token-sum",
+    "seq-mean-token-sum",
+    "seq-mean-token-sum-norm",
+    "seq-mean-token-mean",
+]
 Penalty = Literal["abs", "k2", "k3"]
 
 
@@ -57,6 +64,101 @@ def clipped_surrogate(
     if dual_clip is not None:
         bounded = torch.minimum(losses, -advantages * dual_clip)
         losses = torch.where(advantages < 0, bounded, losses)
+    return torch.where(defined, losses, torch.nan)
+
+
+def unclipped_surrogate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:
+    """The importance-weighted policy gradient of each token: L = -A r, r = exp(logp - old).
+
+    What KL-Cov does outside its selection; the control that has no clip.
+
+    Raises:
+        ValueError: the shapes disagree.
+    """
+    log_ratio, advantages, defined = _log_ratio(logprobs, old_logprobs, advantages)
+    return torch.where(defined, -advantages * _exp(log_ratio), torch.nan)
+
+
+def cispo_surrogate(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> Tensor:
+    """CISPO: clips the weight of a token, never its gradient.
+
+        L = -sg(clip(r, 1 - clip_low, 1 + clip_high)) A logp,    r = exp(logp - old)
+
+    https://arxiv.org/abs/2506.13585, which clips from above only (clip_low = 1). The gradient is
+    -clip(r) A on every token, also where PPO's would be 0. Only the gradient means something:
+    the value is no estimate of the objective.
+
+    Raises:
+        ValueError: as in clipped_surrogate.
+    """
+    _check_clip(clip_low, clip_high)
+    log_ratio, advantages, defined = _log_ratio(logprobs, old_logprobs, advantages)
+    weights = _exp(log_ratio.detach()).clamp(1 - clip_low, 1 + clip_high)
+    return torch.where(defined, -weights * advantages * logprobs, torch.nan)
+
+
+def gspo_surrogate(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> Tensor:
+    """GSPO: PPO's clipped loss with one ratio for all tokens of a completion.
+
+        s = exp(mean over the row's mask of (logp - old))
+        L = max(-A s, -A clip(s, 1 - clip_low, 1 + clip_high)),    ds/dlogp = s on each token
+
+    GSPO-token, https://arxiv.org/abs/2507.18071; with one advantage a row, the mean of L over
+    the row has GSPO's value and gradient, so aggregate with seq-mean-token-mean. s is near 1
+    however long the row is: the paper's bounds are 3e-4 and 4e-4.
+
+    Args:
+        mask: bool, same shape, rows along the last axis. Tokens outside it, and tokens with an
+            input that is not finite, do not enter the row's mean.
+    Raises:
+        ValueError: as in clipped_surrogate.
+    """
+    _check_clip(clip_low, clip_high)
+    check_same_shape(logprobs=logprobs, mask=mask)
+    log_ratio, advantages, defined = _log_ratio(logprobs, old_logprobs, advantages)
+    fixed, counted = log_ratio.detach(), mask.bool() & defined
+    row_sum = torch.where(counted, fixed, 0.0).sum(-1, keepdim=True)
+    row_mean = row_sum / counted.sum(-1, keepdim=True).clamp(min=1)
+    ratio = _exp(row_mean + (log_ratio - fixed))
+    return torch.where(defined, _clipped(ratio, advantages, clip_low, clip_high), torch.nan)
+
+
+def high_probability_surrogate(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, threshold: float
+) -> Tensor:
+    """EntroPIC's lever on entropy: pushes likely tokens up, whatever the sign of A.
+
+        L = -r |A| where exp(old) > threshold, else 0,    r = exp(logp - old)
+
+    https://arxiv.org/abs/2511.15248. Times a coefficient > 0 it lowers entropy, times one < 0
+    it raises it; the coefficient is `EntropyPIController`'s.
+
+    Args:
+        threshold: a probability, in [0, 1].
+    Raises:
+        ValueError: the shapes disagree or threshold is out of range.
+    """
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold must be a probability, got {threshold}")
+    log_ratio, advantages, defined = _log_ratio(logprobs, old_logprobs, advantages)
+    losses = torch.where(
+        old_logprobs.detach().exp() > threshold, -advantages.abs() * _exp(log_ratio), 0.0
+    )
     return torch.where(defined, losses, torch.nan)
 
 
@@ -158,40 +260,42 @@ def aggregate(
     *,
     mode: Aggregation,
     denominator: float | Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """One number from the losses of the tokens in mask.
 
-        token-mean            sum of all tokens            / number of tokens
-        seq-mean-token-sum    sum over rows of row sums    / number of rows
-        seq-mean-token-mean   sum over rows of row means   / number of rows
+        token-mean               sum of all tokens            / number of tokens
+        token-sum                sum of all tokens
+        seq-mean-token-sum       sum over rows of row sums    / number of rows
+        seq-mean-token-sum-norm  sum over rows of row sums    / number of rows / scale
+        seq-mean-token-mean      sum over rows of row means   / number of rows
 
-    The names are verl's. A row without a token in mask is not counted. An empty mask gives 0
-    with a gradient of 0. What token_loss holds outside mask, NaN and inf included, reaches
-    neither the value nor the gradient.
+    The names are verl's; -norm is Dr. GRPO (https://arxiv.org/abs/2503.20783). A row without a
+    token in mask is not counted. An empty mask gives 0 with a gradient of 0. What token_loss
+    holds outside mask, NaN and inf included, reaches neither the value nor the gradient.
 
     Args:
         token_loss: [B, T]. mask: bool, same shape.
-        denominator: replaces the number of tokens (or rows) of this call, so that losses of
-            micro-batches and ranks add up to the loss of the whole mini-batch; > 0.
+        denominator: replaces the number of tokens (or rows) of this call, and token-sum's 1, so
+            that losses of micro-batches and ranks add up to that of the mini-batch; > 0.
+        scale: a number of tokens, the same for all rows; for -norm, and for it only; > 0.
     Raises:
-        ValueError: the shapes disagree, mode is unknown, or denominator is not above 0.
+        ValueError: the shapes disagree, mode is unknown, denominator or scale is not above 0, or
+            scale is missing or has no use.
     """
     check_same_shape(token_loss=token_loss, mask=mask)
-    if denominator is not None and not denominator > 0:
-        raise ValueError(f"denominator must be above 0, got {denominator}")
+    _check_divisors(mode, denominator, scale)
     mask = mask.bool()
-    kept = torch.where(mask, token_loss, 0.0)
-    if mode == "token-mean":
-        total, count = kept.sum(), mask.sum()
-    elif mode in ("seq-mean-token-sum", "seq-mean-token-mean"):
-        num_tokens = mask.sum(-1)
-        rows = kept.sum(-1)
-        if mode == "seq-mean-token-mean":
-            rows = rows / num_tokens.clamp(min=1)
-        total, count = rows.sum(), (num_tokens > 0).sum()
-    else:
-        raise ValueError(f"unknown aggregation {mode!r}; use one of verl's three modes")
-    return total / (count.clamp(min=1) if denominator is None else denominator)
+    num_tokens = mask.sum(-1)
+    rows = torch.where(mask, token_loss, 0.0).sum(-1)
+    if mode == "seq-mean-token-mean":
+        rows = rows / num_tokens.clamp(min=1)
+    if scale is not None:
+        rows = rows / scale
+    if denominator is None and mode != "token-sum":
+        counted = num_tokens if mode == "token-mean" else num_tokens > 0
+        denominator = counted.sum().clamp(min=1)
+    return rows.sum() if denominator is None else rows.sum() / denominator
 
 
 def _log_ratio(
@@ -236,3 +340,16 @@ def _check_clip(clip_low: float, clip_high: float) -> None:
         raise ValueError(f"clip_low must be in [0, 1], got {clip_low}")
     if not clip_high >= 0:
         raise ValueError(f"clip_high must be at least 0, got {clip_high}")
+
+
+def _check_divisors(
+    mode: Aggregation, denominator: float | Tensor | None, scale: float | None
+) -> None:
+    if mode not in get_args(Aggregation):
+        raise ValueError(f"unknown aggregation {mode!r}; use one of {get_args(Aggregation)}")
+    if denominator is not None and not denominator > 0:
+        raise ValueError(f"denominator must be above 0, got {denominator}")
+    if (scale is not None) != (mode == "seq-mean-token-sum-norm"):
+        raise ValueError(f"scale is for seq-mean-token-sum-norm alone, got {scale} with {mode}")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale must be above 0, got {scale}")

@@ -12,6 +12,7 @@ from shared.rl.entropy import (
     TokenStatistics,
     clamped_entropy,
     entropy_from_logits,
+    entropy_influence,
     fused_logprob_entropy,
     predicted_entropy_change_natural_gradient,
     predicted_entropy_change_policy_gradient,
@@ -33,6 +34,14 @@ def slow_entropy(logits: list[float], num_removed: int = 0) -> tuple[float, floa
     probs = [w / sum(kept) for w in kept]
     entropy = -sum(p * math.log(p) for p in probs if p > 0)
     return entropy, 1 - sum(kept) / sum(weights)
+
+
+def slow_mean_pull(logits: list[float]) -> float:
+    """sum over v of p_v^2 (log p_v + H), in plain numbers."""
+    weights = [math.exp(z - max(logits)) for z in logits]
+    probs = [w / sum(weights) for w in weights]
+    entropy = slow_entropy(logits)[0]
+    return sum(p * p * (math.log(p) + entropy) for p in probs if p > 0)
 
 
 def entropy_gradient(logits: Tensor, clamp_p: float) -> Tensor:
@@ -229,15 +238,18 @@ def naive(
 ) -> TokenStatistics:
     logits = hidden @ head_weight.T / temperature
     logprob = logits.log_softmax(-1)[torch.arange(len(targets)), targets]
-    return TokenStatistics(
-        logprob, entropy_from_logits(logits), *clamped_entropy(logits, clamp_p=clamp_p)
-    )
+    entropy = entropy_from_logits(logits)
+    clamped, removed_mass = clamped_entropy(logits, clamp_p=clamp_p)
+    mean_pull = torch.tensor([slow_mean_pull(row) for row in logits.tolist()], dtype=logits.dtype)
+    return TokenStatistics(logprob, entropy, clamped, removed_mass, mean_pull)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])
 def test_the_fused_form_equals_the_naive_form_in_values_and_gradients(chunk: int) -> None:
     inputs = fused_inputs()
-    fused = fused_logprob_entropy(*inputs, temperature=0.7, clamp_p=0.3, chunk=chunk)
+    fused = fused_logprob_entropy(
+        *inputs, temperature=0.7, clamp_p=0.3, chunk=chunk, with_mean_pull=True
+    )
     expected = naive(*inputs, 0.7, 0.3)
     for name, ours, theirs in zip(fused._fields, fused, expected, strict=True):
         assert ours is not None
@@ -255,13 +267,20 @@ def test_the_fused_form_equals_the_naive_form_in_values_and_gradients(chunk: int
         torch.testing.assert_close(grads[0], grads[1])
 
 
+@pytest.mark.parametrize("with_mean_pull", [False, True])
 @pytest.mark.parametrize("clamp_p", [None, 0.3])
-def test_the_fused_form_passes_gradcheck(clamp_p: float | None) -> None:
+def test_the_fused_form_passes_gradcheck(clamp_p: float | None, with_mean_pull: bool) -> None:
     hidden, head_weight, targets = fused_inputs()
 
     def outputs(hidden: Tensor, head_weight: Tensor) -> tuple[Tensor, ...]:
         result = fused_logprob_entropy(
-            hidden, head_weight, targets, temperature=1.3, clamp_p=clamp_p, chunk=3
+            hidden,
+            head_weight,
+            targets,
+            temperature=1.3,
+            clamp_p=clamp_p,
+            chunk=3,
+            with_mean_pull=with_mean_pull,
         )
         return tuple(t for t in result if t is not None and t.requires_grad)
 
@@ -273,14 +292,47 @@ def test_without_a_clamp_the_fused_form_has_no_clamped_entropy() -> None:
     result = fused_logprob_entropy(*fused_inputs(), temperature=1.0, chunk=2)
     assert result.clamped_entropy is None
     assert result.removed_mass is None
+    assert result.mean_pull is None
     assert result.logprob.shape == result.entropy.shape == (7,)
+
+
+@pytest.mark.parametrize("clamp_p", [None, 0.3])
+def test_asking_for_the_mean_pull_changes_no_other_field_and_no_gradient(
+    clamp_p: float | None,
+) -> None:
+    inputs = fused_inputs()
+    plain, pulled = (
+        fused_logprob_entropy(
+            *inputs, temperature=0.7, clamp_p=clamp_p, chunk=3, with_mean_pull=with_mean_pull
+        )
+        for with_mean_pull in (False, True)
+    )
+    assert plain.mean_pull is None
+    assert pulled.mean_pull is not None
+    assert not pulled.mean_pull.requires_grad
+    assert pulled.mean_pull.shape == (7,)
+    for before, after in zip(plain[:4], pulled[:4], strict=True):
+        assert (before is None) == (after is None)
+        if before is not None and after is not None:
+            assert torch.equal(before, after)
+    grads = [
+        torch.autograd.grad((result.logprob + result.entropy).sum(), inputs[:2])
+        for result in (plain, pulled)
+    ]
+    assert all(torch.equal(before, after) for before, after in zip(*grads, strict=True))
 
 
 def test_the_fused_form_takes_no_tokens_and_no_gradient() -> None:
     hidden, head_weight, _ = fused_inputs()
     nothing = torch.zeros(0, dtype=torch.int64)
     result = fused_logprob_entropy(
-        hidden[:0], head_weight, nothing, temperature=1.0, clamp_p=0.3, chunk=4
+        hidden[:0],
+        head_weight,
+        nothing,
+        temperature=1.0,
+        clamp_p=0.3,
+        chunk=4,
+        with_mean_pull=True,
     )
     assert all(t is not None and t.shape == (0,) for t in result)
     with torch.no_grad():
@@ -315,7 +367,13 @@ def test_logits_are_never_kept_for_more_than_a_chunk() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         result = fused_logprob_entropy(
-            hidden, head_weight, targets, temperature=1.0, clamp_p=0.3, chunk=chunk
+            hidden,
+            head_weight,
+            targets,
+            temperature=1.0,
+            clamp_p=0.3,
+            chunk=chunk,
+            with_mean_pull=True,
         )
     assert not any(vocabulary in shape and shape != head_weight.shape for shape in saved)
     torch.autograd.backward(result.logprob.sum() + result.entropy.sum())
@@ -442,6 +500,124 @@ def test_the_sampled_prediction_equals_the_finite_difference() -> None:
     (grad,) = torch.autograd.grad(objective, leaf)
     change = entropy_from_logits(LOGITS + 1e-4 * grad) - entropy_from_logits(LOGITS)
     assert change.item() / 1e-4 == pytest.approx(0.01351734, abs=1e-8)
+
+
+def influence_of(logits: Tensor, actions: Tensor, advantages: Tensor) -> Tensor:
+    """entropy_influence with each ingredient by its own road."""
+    logprobs = logits.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+    pulls = [slow_mean_pull(row) for row in logits.flatten(0, -2).tolist()]
+    mean_pull = torch.tensor(pulls, dtype=logits.dtype).view(actions.shape)
+    return entropy_influence(logprobs, entropy_from_logits(logits), mean_pull, advantages)
+
+
+def test_the_influence_has_the_golden_values() -> None:
+    logits = LOGITS.expand(4, 4)
+    ones = torch.ones(4, dtype=torch.float64)
+    assert influence_of(logits, torch.arange(4), ones).tolist() == pytest.approx(
+        [-0.157870678, 0.285518429, 0.298893666, 0.248728426], abs=1e-9
+    )
+    actions = torch.tensor([0, 1, 1, 3])
+    advantages = torch.tensor([1.0, -0.5, -0.5, 2.0], dtype=torch.float64)
+    predicted = influence_of(logits, actions, advantages).mean()
+    assert predicted.item() == pytest.approx(0.013516936, abs=1e-9)
+
+
+@given(st.integers(0, 2**31), st.floats(0.1, 8), st.sampled_from([1.0, 0.5, 1e-6, 3e-4, 7.0]))
+@settings(max_examples=50, deadline=None)
+def test_the_influence_is_the_sampled_prediction_per_unit_of_learning_rate(
+    seed: int, spread: float, learning_rate: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(3, 5, 7, generator=generator, dtype=torch.float64) * spread
+    actions = torch.randint(7, (3, 5), generator=generator)
+    advantages = torch.randn(3, 5, generator=generator, dtype=torch.float64)
+    predicted = predicted_entropy_change_sampled(
+        logits, actions, advantages, learning_rate=learning_rate
+    )
+    torch.testing.assert_close(
+        influence_of(logits, actions, advantages),
+        predicted / learning_rate,
+        rtol=1e-12,
+        atol=1e-14,
+    )
+
+
+def test_the_influence_of_the_fused_statistics_is_the_sampled_prediction() -> None:
+    hidden, head_weight, targets = fused_inputs()
+    statistics = fused_logprob_entropy(
+        hidden, head_weight, targets, temperature=0.7, chunk=3, with_mean_pull=True
+    )
+    assert statistics.mean_pull is not None
+    advantages = torch.linspace(-2, 2, 7, dtype=torch.float64)
+    influence = entropy_influence(
+        statistics.logprob, statistics.entropy, statistics.mean_pull, advantages
+    )
+    logits = (hidden @ head_weight.T / 0.7).detach()
+    predicted = predicted_entropy_change_sampled(logits, targets, advantages, learning_rate=0.5)
+    torch.testing.assert_close(influence, predicted / 0.5, rtol=1e-12, atol=1e-14)
+    assert not influence.requires_grad
+
+
+def test_the_sampled_prediction_equals_the_slow_loop_of_the_paper() -> None:
+    generator = torch.Generator().manual_seed(7)
+    logits = torch.randn(6, 9, generator=generator, dtype=torch.float64) * 2
+    actions = torch.randint(9, (6,), generator=generator)
+    advantages = torch.randn(6, generator=generator, dtype=torch.float64)
+    predicted = predicted_entropy_change_sampled(logits, actions, advantages, learning_rate=0.3)
+    for row, change in zip(range(6), predicted.tolist(), strict=True):
+        probs = logits[row].softmax(-1).tolist()
+        entropy = -sum(p * math.log(p) for p in probs)
+        pulls = [p * (math.log(p) + entropy) for p in probs]
+        mean = sum(p * pull for p, pull in zip(probs, pulls, strict=True))
+        expected = -0.3 * float(advantages[row]) * (pulls[int(actions[row])] - mean)
+        assert change == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_influence_averages_to_zero_over_the_policy_and_is_zero_without_an_advantage() -> None:
+    generator = torch.Generator().manual_seed(8)
+    logits = torch.randn(9, generator=generator, dtype=torch.float64)
+    ones = torch.ones(9, dtype=torch.float64)
+    influence = influence_of(logits.expand(9, 9), torch.arange(9), ones)
+    assert (logits.softmax(-1) * influence).sum().item() == pytest.approx(0, abs=1e-14)
+    none = influence_of(logits.expand(9, 9), torch.arange(9), 0 * ones)
+    assert (none == 0).all()
+
+
+def test_the_influence_of_the_certain_and_of_the_impossible_token_is_finite() -> None:
+    certain = torch.tensor([[0.0, -torch.inf, -torch.inf]], dtype=torch.float64).expand(2, 3)
+    ones = torch.ones(2, dtype=torch.float64)
+    assert influence_of(certain, torch.tensor([0, 1]), ones).tolist() == [0, 0]
+    padded = torch.cat([LOGITS, torch.tensor([-torch.inf], dtype=torch.float64)]).expand(1, 5)
+    impossible = influence_of(padded, torch.tensor([4]), ones[:1])
+    assert impossible.item() == pytest.approx(slow_mean_pull(LOGITS.tolist()), abs=1e-12)
+
+
+def test_single_precision_suffices_for_the_influence_of_a_large_vocabulary() -> None:
+    generator = torch.Generator().manual_seed(9)
+    hidden = torch.randn(40, 16, generator=generator) / 2
+    head_weight = torch.randn(5000, 16, generator=generator)
+    targets = torch.randint(5000, (40,), generator=generator)
+    advantages = torch.ones(40)
+    statistics = fused_logprob_entropy(
+        hidden, head_weight, targets, temperature=1.0, chunk=16, with_mean_pull=True
+    )
+    assert statistics.mean_pull is not None
+    assert statistics.mean_pull.dtype == torch.float32
+    influence = entropy_influence(
+        statistics.logprob, statistics.entropy, statistics.mean_pull, advantages
+    )
+    expected = predicted_entropy_change_sampled(
+        hidden.double() @ head_weight.double().T, targets, advantages.double(), learning_rate=1.0
+    )
+    torch.testing.assert_close(influence.double(), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_an_influence_of_shapes_that_disagree_is_refused() -> None:
+    four, three = torch.zeros(4), torch.zeros(3)
+    for index in range(4):
+        arguments = [three if i == index else four for i in range(4)]
+        with pytest.raises(ValueError, match="one shape"):
+            entropy_influence(*arguments)
 
 
 def test_an_impossible_action_does_not_spoil_the_predictions() -> None:

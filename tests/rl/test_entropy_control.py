@@ -1,3 +1,4 @@
+import json
 import math
 from typing import Any
 
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 
 from shared.rl.entropy_control import (
     AEntController,
+    EntropyPIController,
     Shape,
     TargetEntropyController,
     scheduled_coefficient,
@@ -28,6 +30,7 @@ TARGET = {
     "coefficient_min": 0.0,
     "coefficient_max": 0.005,
 }
+PI = {"target": 0.5, "proportional": 0.8, "integral": 0.05, "integral_limit": 4.0}
 ENTROPIES = [0.30, 0.24, 0.20, 0.15, 0.10, 0.05, 1.2, 4.0, 0, 0]
 
 
@@ -61,9 +64,12 @@ def test_inside_the_band_nothing_moves(entropy: float) -> None:
 def test_the_coefficient_never_leaves_its_box(entropies: list[float]) -> None:
     aent = AEntController(**AENT)
     target = TargetEntropyController(**TARGET, is_strict=True)
+    pi = EntropyPIController(**PI)
     for entropy in entropies:
         assert 6e-4 <= aent.update(entropy) <= 9e-3
         assert 0 <= target.update(entropy) <= 0.005
+        assert -1 <= pi.update(entropy) <= 1
+        assert abs(pi.error_sum) <= 4
 
 
 @pytest.mark.parametrize(("warmup_steps", "first"), [(0, 1), (1, 1), (2, 2), (30, 30)])
@@ -113,15 +119,139 @@ def test_the_gate_starts_open() -> None:
     assert controller.coefficient == 0.001
 
 
-def make_controllers() -> list[AEntController | TargetEntropyController]:
+def test_the_pi_controller_follows_the_golden_trajectory() -> None:
+    controller = EntropyPIController(**PI)
+    assert controller.coefficient == 0
+    # e = 0.2, -0.1, -0.4, 0: sums 0.2, 0.1, -0.3, -0.3.
+    expected = [0.16 + 0.01, -0.08 + 0.005, -0.32 - 0.015, -0.015]
+    for entropy, coefficient in zip([0.7, 0.4, 0.1, 0.5], expected, strict=True):
+        assert controller.update(entropy) == pytest.approx(coefficient, abs=1e-12)
+        assert controller.coefficient == pytest.approx(coefficient, abs=1e-12)
+
+
+@given(st.lists(st.floats(0, 1), max_size=40))
+@settings(max_examples=50, deadline=None)
+def test_without_saturation_the_pi_controller_is_the_papers_formula(entropies: list[float]) -> None:
+    controller = EntropyPIController(
+        target=0.5, proportional=0.8, integral=0.01, integral_limit=100.0
+    )
+    for step, entropy in enumerate(entropies):
+        error_sum = math.fsum(h - 0.5 for h in entropies[: step + 1])
+        expected = 0.8 * (entropy - 0.5) + 0.01 * error_sum
+        assert controller.update(entropy) == pytest.approx(expected, abs=1e-12)
+
+
+@given(st.lists(st.floats(0, 6), max_size=40), st.floats(0, 3), st.floats(0, 1), st.floats(0.1, 20))
+@settings(max_examples=100, deadline=None)
+def test_the_pi_controller_equals_the_slow_rule(
+    entropies: list[float], proportional: float, integral: float, limit: float
+) -> None:
+    controller = EntropyPIController(
+        target=0.5, proportional=proportional, integral=integral, integral_limit=limit
+    )
+    total = 0.0
+    for entropy in entropies:
+        e = entropy - 0.5
+        output = proportional * e + integral * total
+        pushes_on = (output >= 1 and e > 0) or (output <= -1 and e < 0)
+        if not pushes_on:
+            total = max(-limit, min(limit, total + e))
+        output = max(-1.0, min(1.0, proportional * e + integral * total))
+        assert controller.update(entropy) == output
+        assert controller.error_sum == total
+
+
+def test_a_pi_controller_without_gains_does_nothing_and_one_without_integral_forgets() -> None:
+    idle = EntropyPIController(**(PI | {"proportional": 0.0, "integral": 0.0}))
+    assert [idle.update(h) for h in ENTROPIES] == [0] * len(ENTROPIES)
+    proportional = EntropyPIController(**(PI | {"integral": 0.0}))
+    for entropy in (5.0, 0.0, 0.6):
+        last = proportional.update(entropy)
+    assert last == pytest.approx(0.08)
+
+
+def test_only_the_integral_removes_an_offset_that_lasts() -> None:
+    def final_entropy(integral: float) -> float:
+        controller = EntropyPIController(**(PI | {"integral": integral}))
+        entropy = 0.5
+        for _ in range(2000):
+            # A drift of -0.01 a step, against which the coefficient works.
+            entropy += -0.01 - 0.1 * controller.update(entropy)
+        return entropy
+
+    assert final_entropy(0.0) == pytest.approx(0.5 - 0.01 / 0.08)
+    assert final_entropy(0.05) == pytest.approx(0.5, abs=1e-6)
+
+
+@pytest.mark.parametrize("direction", [1.0, -1.0])
+def test_the_sum_is_frozen_while_the_output_saturates_in_its_direction(direction: float) -> None:
+    controller = EntropyPIController(
+        target=5.0, proportional=0.5, integral=0.1, integral_limit=1000.0
+    )
+    coefficients = [controller.update(5.0 + direction) for _ in range(100)]
+    # 0.5 + 0.1 n reaches 1 with the fifth error; the sixth and all later ones are not added.
+    assert coefficients[:4] == pytest.approx([direction * c for c in (0.6, 0.7, 0.8, 0.9)])
+    assert coefficients[4:] == pytest.approx([direction] * 96)
+    assert abs(controller.error_sum) <= 6
+    frozen = controller.error_sum
+    controller.update(5.0 - direction / 2)
+    assert controller.error_sum == pytest.approx(frozen - direction / 2)
+
+
+def test_a_saturation_by_the_proportional_part_alone_leaves_the_sum_empty() -> None:
+    controller = EntropyPIController(**PI)
+    assert [controller.update(5.0) for _ in range(50)] == [1.0] * 50
+    assert controller.error_sum == 0
+
+
+@given(
+    st.integers(1, 3000),
+    st.floats(0.01, 5),
+    st.floats(0.01, 0.5),
+    st.floats(0, 3),
+    st.floats(0, 1),
+    st.floats(0.1, 5),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_long_saturation_delays_the_way_back_no_longer_than_the_limit_allows(
+    num_high: int, above: float, below: float, proportional: float, integral: float, limit: float
+) -> None:
+    controller = EntropyPIController(
+        target=0.5, proportional=proportional, integral=integral, integral_limit=limit
+    )
+    for _ in range(num_high):
+        controller.update(0.5 + above)
+    num_wrong = 0
+    while controller.update(0.5 - below) > 1e-12:
+        num_wrong += 1
+        assert num_wrong <= limit / below + 1e-6
+
+
+def test_the_length_of_a_saturation_does_not_matter_to_the_way_back() -> None:
+    ways = []
+    for num_high in (20, 20_000):
+        controller = EntropyPIController(**(PI | {"integral": 0.5, "integral_limit": 1e9}))
+        for _ in range(num_high):
+            controller.update(1.5)
+        ways.append([controller.update(0.3) for _ in range(20)])
+    assert ways[0] == ways[1]
+    assert ways[0][-1] < 0
+
+
+Controller = AEntController | TargetEntropyController | EntropyPIController
+
+
+def make_controllers() -> list[Controller]:
     return [
         AEntController(**AENT, warmup_steps=3, regularisation=0.1),
         TargetEntropyController(**TARGET, is_strict=True),
         TargetEntropyController(**TARGET, is_strict=False),
+        EntropyPIController(**PI),
+        EntropyPIController(**(PI | {"proportional": 3.0, "integral": 1.0})),
     ]
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=20), st.data())
+@given(st.lists(st.floats(0, 1.5), min_size=1, max_size=20), st.data())
 @settings(max_examples=50, deadline=None)
 def test_a_run_resumed_anywhere_follows_the_identical_trajectory(
     entropies: list[float], data: st.DataObject
@@ -132,10 +262,11 @@ def test_a_run_resumed_anywhere_follows_the_identical_trajectory(
     ):
         uninterrupted = [whole.update(h) for h in entropies]
         resumed = [before.update(h) for h in entropies[:cut]]
-        after.load_state_dict(before.state_dict())
+        after.load_state_dict(json.loads(json.dumps(before.state_dict())))
         assert after.coefficient == before.coefficient
         resumed += [after.update(h) for h in entropies[cut:]]
         assert resumed == uninterrupted
+        assert after.state_dict() == whole.state_dict()
 
 
 def test_a_restored_coefficient_outside_a_narrower_box_moves_into_it() -> None:
@@ -145,6 +276,10 @@ def test_a_restored_coefficient_outside_a_narrower_box_moves_into_it() -> None:
     target = TargetEntropyController(**TARGET, is_strict=True)
     target.load_state_dict({"accumulated": 1.0, "is_open": 1})
     assert target.coefficient == 0.005
+    pi = EntropyPIController(**PI)
+    pi.load_state_dict({"coefficient": -2.0, "error_sum": -7.0})
+    assert pi.coefficient == -1
+    assert pi.error_sum == -4
 
 
 @pytest.mark.parametrize("entropy", [math.nan, math.inf])
@@ -157,11 +292,12 @@ def test_an_entropy_that_is_not_finite_is_refused_and_changes_nothing(entropy: f
 
 
 def test_the_state_of_another_controller_is_refused() -> None:
-    aent, target, _ = make_controllers()
-    with pytest.raises(ValueError, match="keys"):
-        aent.load_state_dict(target.state_dict())
-    with pytest.raises(ValueError, match="keys"):
-        target.load_state_dict(aent.state_dict())
+    aent, target, _, pi, _ = make_controllers()
+    for one, other in ((aent, target), (target, pi), (pi, aent)):
+        before = one.state_dict()
+        with pytest.raises(ValueError, match="keys"):
+            one.load_state_dict(other.state_dict())
+        assert one.state_dict() == before
 
 
 @pytest.mark.parametrize(
@@ -189,6 +325,24 @@ def test_aent_refuses_reversed_intervals_and_negative_numbers(change: dict[str, 
 def test_the_target_controller_refuses_numbers_out_of_range(change: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="need"):
         TargetEntropyController(**(TARGET | change), is_strict=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"target": 0.0},
+        {"target": math.nan},
+        {"integral_limit": 0.0},
+        {"integral_limit": math.nan},
+        {"proportional": -0.1},
+        {"proportional": math.inf},
+        {"integral": -0.1},
+        {"integral": math.nan},
+    ],
+)
+def test_the_pi_controller_refuses_numbers_out_of_range(change: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="need"):
+        EntropyPIController(**(PI | change))
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,27 @@
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import get_args
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from shared.rl.loss import (
-    Aggregation,
     Penalty,
     aggregate,
+    cispo_surrogate,
     clip_cov_surrogate,
     clipped_surrogate,
+    high_probability_surrogate,
     kl_cov_surrogate,
     ppo_clipped,
+    unclipped_surrogate,
 )
 
-MODES = get_args(Aggregation)
 PENALTIES = get_args(Penalty)
 NONE = torch.zeros(2, 3, dtype=torch.bool)
 Surrogate = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -40,6 +44,9 @@ def surrogates(selected: Tensor) -> dict[str, Surrogate]:
             n, o, a, selected=selected, clip_low=1.0, clip_high=1.0
         ),
         **{f"kl_cov_{penalty}": kl_cov(selected, penalty) for penalty in PENALTIES},
+        "unclipped": unclipped_surrogate,
+        "cispo": partial(cispo_surrogate, clip_low=0.2, clip_high=0.28),
+        "high_probability": partial(high_probability_surrogate, threshold=0.5),
     }
 
 
@@ -82,6 +89,12 @@ def slow_surrogate(
         return min(loss, -advantage * 3.0) if advantage < 0 else loss
     if name == "clip_cov":
         return 0.0 if is_selected else clipped(1.0, 1.0)
+    if name == "unclipped":
+        return -advantage * ratio
+    if name == "cispo":
+        return -min(max(ratio, 0.8), 1.28) * advantage * logp
+    if name == "high_probability":
+        return -ratio * abs(advantage) if math.exp(old) > 0.5 else 0.0
     delta = logp - old
     penalty = {"abs": abs(delta), "k2": delta**2 / 2, "k3": ratio - 1 - delta}[name[7:]]
     return -advantage * ratio + (0.7 * penalty if is_selected else 0.0)
@@ -99,8 +112,8 @@ def test_every_surrogate_equals_the_slow_loop(name: str) -> None:
         assert float(losses[index]) == pytest.approx(expected, rel=1e-12), index
 
 
-@pytest.mark.parametrize("name", surrogates(NONE))
-def test_on_policy_every_surrogate_has_the_plain_policy_gradient(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in surrogates(NONE) if name != "high_probability"])
+def test_on_policy_every_policy_loss_has_the_plain_policy_gradient(name: str) -> None:
     old = LOGPROBS
     logprobs = old.clone().requires_grad_()
     expected = -ADVANTAGES * MASK / 5
@@ -232,6 +245,87 @@ def test_a_clipped_token_has_no_gradient_and_an_unclipped_one_has_the_ratio() ->
     torch.testing.assert_close(grad[~clipped], expected[~clipped])
 
 
+def test_unclipped_is_kl_cov_of_coefficient_zero_and_ppo_within_endless_bounds() -> None:
+    logprobs, old, advantages = random_tokens(9)
+    logprobs.requires_grad_()
+    everywhere = torch.ones(logprobs.shape, dtype=torch.bool)
+    unclipped = unclipped_surrogate(logprobs, old, advantages)
+    grad = gradient(unclipped.sum(), logprobs)
+    torch.testing.assert_close(grad, -advantages * (logprobs - old).exp().detach())
+    for other in (
+        kl_cov_surrogate(logprobs, old, advantages, selected=everywhere, kl_coef=0.0, penalty="k3"),
+        clipped_surrogate(logprobs, old, advantages, clip_low=1.0, clip_high=1e12),
+    ):
+        torch.testing.assert_close(other, unclipped)
+        torch.testing.assert_close(gradient(other.sum(), logprobs), grad)
+
+
+def test_cispo_clips_the_weight_and_never_the_gradient() -> None:
+    logprobs, old, advantages = random_tokens(10)
+    logprobs.requires_grad_()
+    everywhere = torch.ones(logprobs.shape, dtype=torch.bool)
+    low, high = ppo_clipped(logprobs, old, advantages, everywhere, clip_low=0.2, clip_high=0.28)
+    grad = gradient(
+        cispo_surrogate(logprobs, old, advantages, clip_low=0.2, clip_high=0.28).sum(), logprobs
+    )
+    weights = (logprobs - old).exp().detach().clamp(0.8, 1.28)
+    torch.testing.assert_close(grad, -weights * advantages)
+    assert low.any()
+    assert high.any()
+    assert (grad[low] > 0).all()  # PPO has no gradient on these
+    assert (grad[high] < 0).all()
+
+
+def test_cispo_within_endless_bounds_has_the_gradient_of_the_unclipped_loss() -> None:
+    logprobs, old, advantages = random_tokens(11)
+    logprobs.requires_grad_()
+    cispo = cispo_surrogate(logprobs, old, advantages, clip_low=1.0, clip_high=1e12)
+    unclipped = unclipped_surrogate(logprobs, old, advantages)
+    torch.testing.assert_close(gradient(cispo.sum(), logprobs), gradient(unclipped.sum(), logprobs))
+
+
+def test_only_likely_tokens_are_pushed_up_whatever_the_sign_of_the_advantage() -> None:
+    old = torch.tensor([0.96, 0.96, 0.94, 0.94], dtype=torch.float64).log()
+    advantages = torch.tensor([2.0, -2.0, 2.0, -2.0], dtype=torch.float64)
+    logprobs = (old - 0.5).requires_grad_()
+    losses = high_probability_surrogate(logprobs, old, advantages, threshold=0.95)
+    expected = [-2 * math.exp(-0.5)] * 2 + [0.0] * 2
+    assert losses.tolist() == pytest.approx(expected)
+    assert gradient(losses.sum(), logprobs).tolist() == pytest.approx(expected)
+
+
+def test_a_token_at_the_threshold_is_not_likely() -> None:
+    old = torch.tensor([0.5]).log()
+    (probability,) = old.exp().tolist()
+    losses = high_probability_surrogate(old, old, torch.ones(1), threshold=probability)
+    assert losses.tolist() == [0.0]
+
+
+@given(
+    delta=st.floats(-3, 3),
+    advantage=st.floats(-5, 5),
+    low=st.floats(0, 1),
+    high=st.floats(0, 5),
+)
+def test_ppo_never_promises_more_than_the_unclipped_loss(
+    delta: float, advantage: float, low: float, high: float
+) -> None:
+    logprobs, old, advantages = (
+        torch.tensor([number], dtype=torch.float64) for number in (delta - 3, -3.0, advantage)
+    )
+    clipped = clipped_surrogate(logprobs, old, advantages, clip_low=low, clip_high=high)
+    assert clipped >= unclipped_surrogate(logprobs, old, advantages)
+
+
+@pytest.mark.parametrize("name", ["unclipped", "high_probability", "kl_cov_k3"])
+def test_smooth_surrogates_pass_gradcheck(name: str) -> None:
+    logprobs, old, advantages = random_tokens(12, (2, 3))
+    surrogate = surrogates(torch.ones(2, 3, dtype=torch.bool))[name]
+    assert torch.autograd.gradcheck(
+        lambda x: surrogate(x, old, advantages), (logprobs.requires_grad_(),)
+    )
+
+
 def test_dual_clip_only_bounds_a_large_ratio_of_a_bad_token() -> None:
     logprobs = torch.tensor([2.0, 2.0, 0.5, -2.0])
     advantages = torch.tensor([-1.0, 1.0, -1.0, -1.0])
@@ -272,20 +366,19 @@ def test_no_penalty_pushes_further_away_beyond_the_clamp(penalty: Penalty, delta
 
 
 @pytest.mark.parametrize("name", surrogates(NONE))
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e9])
 def test_a_masked_token_never_reaches_the_loss_even_when_it_is_nan(
-    name: str, mode: Aggregation, garbage: float
+    name: str, garbage: float
 ) -> None:
     clean = [t.float() for t in (LOGPROBS, OLD, ADVANTAGES)]
     expected_at = clean[0].clone().requires_grad_()
-    expected = aggregate(surrogates(MASK)[name](expected_at, *clean[1:]), MASK, mode=mode)
+    expected = token_mean(surrogates(MASK)[name](expected_at, *clean[1:]), MASK)
     expected_grad = gradient(expected, expected_at)
     for dirty in range(3):
         tensors = [t.clone() for t in clean]
         tensors[dirty][1, 2] = garbage
         tensors[0].requires_grad_()
-        loss = aggregate(surrogates(MASK)[name](*tensors), MASK, mode=mode)
+        loss = token_mean(surrogates(MASK)[name](*tensors), MASK)
         assert torch.equal(loss, expected)
         assert torch.equal(gradient(loss, tensors[0]), expected_grad)
         assert expected_grad[1, 2] == 0
@@ -301,55 +394,14 @@ def test_a_nan_inside_the_mask_is_seen(name: str) -> None:
         assert token_mean(losses, MASK).isnan()
 
 
-def test_no_gradient_reaches_the_old_logprobs_or_the_advantages() -> None:
+@pytest.mark.parametrize("name", surrogates(NONE))
+def test_no_gradient_reaches_the_old_logprobs_or_the_advantages(name: str) -> None:
     tensors = [t.clone().requires_grad_() for t in (LOGPROBS, OLD, ADVANTAGES)]
-    losses = clipped_surrogate(*tensors, clip_low=0.2, clip_high=0.2)
+    losses = surrogates(NONE)[name](*tensors)
     torch.autograd.backward(losses.sum())
     assert tensors[0].grad is not None
     assert tensors[1].grad is None
     assert tensors[2].grad is None
-
-
-def test_token_mean_and_sequence_mean_differ_as_in_the_golden_rows() -> None:
-    values = torch.tensor([[0.2, 0.4, 9.0, 9.0], [1.0] * 4])
-    mask = torch.tensor([[True, True, False, False], [True] * 4])
-    assert aggregate(values, mask, mode="token-mean").item() == pytest.approx(0.766667, abs=1e-6)
-    assert aggregate(values, mask, mode="seq-mean-token-mean").item() == pytest.approx(0.65)
-    assert aggregate(values, mask, mode="seq-mean-token-sum").item() == pytest.approx(2.3)
-
-
-def test_a_row_without_tokens_does_not_count_as_a_sequence() -> None:
-    values = torch.tensor([[1.0, 3.0], [5.0, 5.0]])
-    mask = torch.tensor([[True, True], [False, False]])
-    assert aggregate(values, mask, mode="seq-mean-token-sum") == 4.0
-    assert aggregate(values, mask, mode="seq-mean-token-mean") == 2.0
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("shape", [(2, 3), (2, 0)])
-def test_an_empty_mask_gives_zero_with_a_gradient_of_zero(
-    mode: Aggregation, shape: tuple[int, int]
-) -> None:
-    values = torch.full(shape, math.nan, requires_grad=True)
-    mask = torch.zeros(shape, dtype=torch.bool)
-    for denominator in (None, 5.0):
-        loss = aggregate(values, mask, mode=mode, denominator=denominator)
-        assert loss == 0
-        assert (gradient(loss, values) == 0).all()
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_micro_batches_over_the_common_denominator_add_up_to_the_whole(mode: Aggregation) -> None:
-    generator = torch.Generator().manual_seed(8)
-    values = torch.randn(6, 5, generator=generator, dtype=torch.float64)
-    mask = torch.rand(6, 5, generator=generator) < 0.6
-    mask[2] = False
-    count = mask.sum() if mode == "token-mean" else (mask.sum(-1) > 0).sum()
-    parts = [
-        aggregate(values[rows], mask[rows], mode=mode, denominator=count)
-        for rows in ([0, 1], [2], [3, 4, 5])
-    ]
-    torch.testing.assert_close(sum(parts), aggregate(values, mask, mode=mode))
 
 
 @pytest.mark.parametrize(
@@ -366,14 +418,24 @@ def test_bounds_out_of_range_are_refused(change: dict[str, float], message: str)
     bounds = {"clip_low": 0.2, "clip_high": 0.2} | change
     with pytest.raises(ValueError, match=message):
         clipped_surrogate(LOGPROBS, OLD, ADVANTAGES, **bounds)
+    if "dual_clip" not in change:
+        with pytest.raises(ValueError, match=message):
+            cispo_surrogate(LOGPROBS, OLD, ADVANTAGES, **bounds)
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.1, math.nan])
+def test_a_threshold_that_is_no_probability_is_refused(threshold: float) -> None:
+    with pytest.raises(ValueError, match="threshold"):
+        high_probability_surrogate(LOGPROBS, OLD, ADVANTAGES, threshold=threshold)
 
 
 def test_shapes_that_would_broadcast_are_refused() -> None:
     column = ADVANTAGES[:, :1]
-    with pytest.raises(ValueError, match="one shape"):
-        clipped_surrogate(LOGPROBS, OLD, column, clip_low=0.2, clip_high=0.2)
-    with pytest.raises(ValueError, match="one shape"):
-        aggregate(LOGPROBS, MASK[:1], mode="token-mean")
+    for surrogate in surrogates(NONE).values():
+        with pytest.raises(ValueError, match="one shape"):
+            surrogate(LOGPROBS, OLD, column)
+        with pytest.raises(ValueError, match="one shape"):
+            surrogate(LOGPROBS, OLD[:1], ADVANTAGES)
     with pytest.raises(ValueError, match="one shape"):
         clip_cov_surrogate(
             LOGPROBS, OLD, ADVANTAGES, selected=MASK[:, :1], clip_low=1.0, clip_high=1.0
@@ -398,7 +460,3 @@ def test_unknown_names_and_negative_coefficients_are_refused() -> None:
         )
     with pytest.raises(ValueError, match="kl_coef"):
         kl_cov_surrogate(LOGPROBS, OLD, ADVANTAGES, selected=MASK, kl_coef=-1.0, penalty="k3")
-    with pytest.raises(ValueError, match="token-sum"):
-        aggregate(LOGPROBS, MASK, mode="token-sum")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="denominator"):
-        aggregate(LOGPROBS, MASK, mode="token-mean", denominator=0)
