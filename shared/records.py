@@ -6,6 +6,7 @@ Protobuf stops at `shared.codec`; everything else sees these. Token ids and log-
 
 from __future__ import annotations
 
+import math
 from array import array
 from dataclasses import dataclass
 from enum import Enum
@@ -122,6 +123,11 @@ class Score:
     outcome: Outcome
     reward: float
     detail: str
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether the completion can be compared with others: judged, with a finite reward."""
+        return self.outcome.is_verdict and math.isfinite(self.reward)
 
 
 @dataclass(frozen=True, slots=True)

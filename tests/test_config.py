@@ -87,6 +87,147 @@ def test_every_run_file_that_is_shipped_is_valid(path: Path) -> None:
             "off_policy.lower = 9.0: must be below upper = 5.0",
         ),
         (
+            RUN + '[warmup]\n[entropy]\nmethod = "pi"\nentropy_coeff = 0.1\n',
+            'entropy.entropy_coeff = 0.1: has no effect with method = "pi"; set [pi_entropy]',
+        ),
+        (
+            RUN + "[warmup]\n[entropy]\nclamp_p = 0.2\n",
+            'entropy.clamp_p = 0.2: has no effect with method = "none"; leave it out',
+        ),
+        (
+            RUN + '[warmup]\n[entropy]\nmethod = "aent"\nentropy_coeff = 0.002\n'
+            'schedule = "linear"\nentropy_coeff_end = 0.0\n',
+            'entropy.schedule = "linear": has no effect with method = "aent"; set method = "bonus"',
+        ),
+        (
+            RUN + '[warmup]\n[entropy]\nmethod = "bonus"\nentropy_coeff = 0.1\n'
+            'schedule = "cosine"\n',
+            'entropy.schedule = "cosine": has no end; set entropy_coeff_end',
+        ),
+        (
+            RUN + '[warmup]\n[entropy]\nmethod = "bonus"\nentropy_coeff = 0.1\n'
+            'schedule = "exponential"\nentropy_coeff_end = 0.0\n',
+            'entropy.schedule = "exponential": needs both ends above 0, not entropy_coeff = 0.1 and'
+            " entropy_coeff_end = 0.0; raise the end that is 0",
+        ),
+        (
+            RUN + '[warmup]\n[entropy]\nmethod = "bonus"\nentropy_coeff_end = 0.1\n'
+            'schedule = "exponential"\n',
+            'entropy.schedule = "exponential": needs both ends above 0, not entropy_coeff = 0.0',
+        ),
+        (
+            RUN + '[warmup]\n[entropy]\nmethod = "bonus"\nentropy_coeff = 0.1\n'
+            "schedule_steps = 9\n",
+            'entropy.schedule_steps = 9: has no effect with schedule = "constant"; leave it out',
+        ),
+        (
+            RUN + "[warmup]\n[adaptive_entropy]\nentropy_low = 0.1\n",
+            'entropy.method = "none": [adaptive_entropy] has no effect with it; set method = "aent"'
+            " or leave the section out",
+        ),
+        (
+            RUN + "[warmup]\n[target_entropy]\ntarget = 0.1\n",
+            'entropy.method = "none": [target_entropy] has no effect with it; set method =',
+        ),
+        (
+            RUN + "[warmup]\n[pi_entropy]\ntarget = 0.1\n",
+            'entropy.method = "none": [pi_entropy] has no effect with it; set method = "pi"',
+        ),
+        (
+            RUN + '[warmup]\n[entropy]\nmethod = "target"\n[target_entropy]\ncoeff_min = 0.01\n',
+            "target_entropy.coeff_min = 0.01: must be below coeff_max = 0.005",
+        ),
+        (
+            RUN + '[warmup]\n[entropy]\nmethod = "target"\n[target_entropy]\ndelta = 0.01\n',
+            "target_entropy.delta = 0.01: one step crosses the whole range from coeff_min = 0.0 to"
+            " coeff_max = 0.005; lower it",
+        ),
+        (
+            RUN + '[warmup]\n[entropy]\nmethod = "target"\nentropy_coeff = 0.1\n',
+            "entropy.entropy_coeff = 0.1: the controller starts inside [target_entropy.coeff_min,"
+            " coeff_max] = [0.0, 0.005]",
+        ),
+        (
+            RUN + '[warmup]\n[entropy]\nmethod = "pi"\n'
+            "[pi_entropy]\nproportional = 0.0\nintegral = 0.0\n",
+            "pi_entropy.proportional = 0.0: nothing controls with integral = 0.0; raise one",
+        ),
+        (
+            RUN + '[warmup]\n[advantage]\nestimator = "rloo"\nnormalise_std = false\n',
+            'advantage.normalise_std = false: has no effect with estimator = "rloo"; leave it out',
+        ),
+        (
+            RUN + "[warmup]\n[advantage]\nmax_degenerate_batches = 3\n",
+            "advantage.max_degenerate_batches = 3: has no effect with dynamic_sampling = false",
+        ),
+        (
+            RUN + "[warmup]\n[advantage]\noverlong_penalty_factor = 0.5\n",
+            "advantage.overlong_penalty_factor = 0.5: has no effect with overlong_buffer_len = 0",
+        ),
+        (
+            RUN + "[warmup]\n[advantage]\nposition_steepness = 5.0\n",
+            "advantage.position_steepness = 5.0: has no effect with position_gamma = 0",
+        ),
+        (
+            RUN + "[warmup]\n[advantage]\noverlong_buffer_len = 1024\n",
+            "advantage.overlong_buffer_len = 1024: must be below rollout.max_completion_tokens ="
+            " 1024, or every completion is too long; lower it",
+        ),
+        (
+            RUN + '[warmup]\n[rollout]\ngroup_size = 1\n[advantage]\nestimator = "opo"\n',
+            "rollout.group_size = 1: opo compares completions of one prompt; use at least 2",
+        ),
+        (
+            RUN + "[warmup]\n[rollout]\ngroup_size = 1\n[advantage]\n"
+            'estimator = "reinforce_plus_plus"\ndynamic_sampling = true\n',
+            "rollout.group_size = 1: dynamic_sampling compares completions of one prompt",
+        ),
+        (
+            RUN + "[warmup]\n[rollout]\ngroup_size = 1\n[advantage]\n"
+            'estimator = "reinforce_plus_plus"\nppl_alpha = 0.01\n',
+            "rollout.group_size = 1: ppl_alpha compares completions of one prompt",
+        ),
+        (
+            RUN + '[warmup]\n[policy_loss]\nloss_mode = "gspo"\nloss_agg_mode = "token-mean"\n',
+            'policy_loss.loss_agg_mode = "token-mean": GSPO\'s is "seq-mean-token-mean"; leave it',
+        ),
+        (
+            RUN + "[warmup]\n[policy_loss]\nentropy_ratio_clip_high = 0.05\n",
+            "policy_loss.entropy_ratio_clip_high = 0.05: needs entropy_ratio_clip_low too; the"
+            " paper has 0.05 for both",
+        ),
+        (
+            RUN + '[warmup]\n[policy_loss]\nselection_logprobs = "proximal"\n',
+            'policy_loss.selection_logprobs = "proximal": has no effect with loss_mode = "vanilla",'
+            " which selects nothing; leave it out",
+        ),
+        (
+            RUN + "[warmup]\n[policy_loss]\nloss_scale_factor = 100.0\n",
+            "policy_loss.loss_scale_factor = 100.0: has no effect with loss_agg_mode ="
+            ' "token-mean"; leave it out',
+        ),
+        (
+            RUN + "[warmup]\n[policy_loss]\ntop_entropy_quantile = 0.0\n",
+            "policy_loss.top_entropy_quantile = 0.0: input should be greater than 0",
+        ),
+        (
+            RUN + '[warmup]\n[off_policy]\nmethod = "mask"\ncap = 3.0\n',
+            'off_policy.cap = 3.0: has no effect with method = "mask"; leave it out',
+        ),
+        (
+            RUN + "[warmup]\n[off_policy]\nupper = 3.0\n",
+            'off_policy.upper = 3.0: has no effect with method = "truncate"; leave it out',
+        ),
+        (
+            RUN + '[warmup]\n[off_policy]\nmethod = "none"\nproximal = "interpolated"\n',
+            'off_policy.proximal = "interpolated": nothing corrects for its distance from the'
+            ' behaviour policy with method = "none"; set method = "truncate"',
+        ),
+        (
+            RUN + "[warmup]\n[law]\nwindow = 1\n",
+            "law.window = 1: input should be greater than or equal to 2",
+        ),
+        (
             RUN + "[warmup]\nnum_heads = 8\n",
             "warmup.num_heads = 8: a head must be a multiple of 32",
         ),
@@ -114,6 +255,40 @@ def test_a_large_selection_is_accepted_when_it_is_meant() -> None:
         'loss_mode = "kl_cov"\nkl_cov_ratio = 0.2\nallow_large_ratio = true\n'
     )
     assert config.policy_loss.kl_cov_ratio == 0.2
+
+
+def test_gspo_and_decoupled_ppo_have_defaults_of_their_own_which_a_file_may_change() -> None:
+    def loss(more: str) -> tuple[float, float, str]:
+        config = parse_run(RUN + '[warmup]\n[policy_loss]\nloss_mode = "gspo"\n' + more).policy_loss
+        return config.clip_ratio_low, config.clip_ratio_high, config.loss_agg_mode
+
+    def cap(more: str) -> float:
+        return parse_run(RUN + "[warmup]\n[off_policy]\n" + more).off_policy.cap
+
+    assert loss("") == (3e-4, 4e-4, "seq-mean-token-mean")
+    assert loss("clip_ratio_high = 1e-3\n") == (3e-4, 1e-3, "seq-mean-token-mean")
+    assert parse_run(RUN + "[warmup]\n").policy_loss.clip_ratio_low == 0.2
+    assert (cap(""), cap('method = "decoupled"\n')) == (2.0, 5.0)
+    assert cap('method = "decoupled"\ncap = 3.0\n') == 3.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[entropy]\nmethod = "bonus"\nschedule = "linear"\nentropy_coeff_end = 0.01\n',
+        '[entropy]\nmethod = "target"\n[target_entropy]\ncomparison = "inclusive"\n',
+        '[entropy]\nmethod = "pi"\n[pi_entropy]\ntarget = 0.5\n',
+        '[advantage]\nestimator = "opo"\ndynamic_sampling = true\nmax_degenerate_batches = 2\n',
+        '[advantage]\nestimator = "reinforce_plus_plus"\n[rollout]\ngroup_size = 1\n',
+        '[policy_loss]\nloss_mode = "kl_cov"\nselection_logprobs = "proximal"\n',
+        '[policy_loss]\nloss_agg_mode = "seq-mean-token-sum-norm"\nloss_scale_factor = 64\n',
+        '[off_policy]\nmethod = "sequence_mask"\nlower = 0.0\nupper = 3.0\n',
+        '[off_policy]\nmethod = "decoupled"\nproximal = "interpolated"\n',
+        "[reference_kl]\ncoef = 0.001\n[diagnostics]\nentropy_change_every_steps = 0\n[law]\n",
+    ],
+)
+def test_combinations_that_have_an_effect_are_accepted(text: str) -> None:
+    assert parse_run(RUN + "[warmup]\n" + text).run.num_steps == 3
 
 
 def test_the_warm_up_folder_changes_with_everything_that_shapes_the_model() -> None:

@@ -91,10 +91,11 @@ def _status(given: argparse.Namespace) -> int:
 
 
 def _check(given: argparse.Namespace) -> int:
-    from services.cli.check import describe
-    from shared.config import load_run
+    from services.cli.check import describe, notice_lines
+    from shared.config import load_run_with_notices
 
-    print("\n".join(describe(load_run(given.file))))
+    config, notices = load_run_with_notices(given.file)
+    print("\n".join([*describe(config), *notice_lines(notices)]))
     return 0
 
 

@@ -83,6 +83,26 @@ def first(rows: Sequence[Row], key: str) -> float | None:
     return next((found for row in rows if (found := number(row, key)) is not None), None)
 
 
+def profile(row: Row, key: str) -> list[float | None]:
+    """A list of numbers in a fixed order, None where one is missing; [] if there is no list."""
+    given = row.get(key)
+    if not isinstance(given, list):
+        return []
+    return [number({key: value}, key) for value in given]
+
+
+def numbered(rows: Sequence[Row], prefix: str) -> list[tuple[float, str]]:
+    """Keys such as covariance_p99_8 that have a value, with their numbers, rising."""
+    keys = {key for row in rows for key in row if key.startswith(prefix)}
+    found = []
+    for key in keys:
+        try:
+            found.append((float(key.removeprefix(prefix).replace("_", ".")), key))
+        except ValueError:
+            continue
+    return sorted((value, key) for value, key in found if values(rows, key))
+
+
 def is_step(row: Row) -> bool:
     """Whether a row is of a training step; an evaluation may have a row of its own."""
     return any(number(row, key) is not None for key in ("seconds", "tokens", "reward_mean"))

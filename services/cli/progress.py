@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from services.cli.law import law_lines, law_parts, law_row
 from services.cli.measurements import Row, is_step, latest, merged, number, values
 from services.cli.observer import View
 from services.cli.words import duration
@@ -133,6 +134,7 @@ def step_line(rows: Sequence[Row], view: View, num_steps: int) -> str:
             _spelled("reward", number(row, "reward_mean"), ".3f"),
             _eval_text(rows),
             _spelled("entropy", number(row, "entropy"), ".4f"),
+            *law_parts(law_row(rows)),
             _spelled("coefficient", number(row, "entropy_coefficient"), ".2g"),
             _staleness_text(row),
             _spelled("tokens/s", tokens_per_second(row), ".0f"),
@@ -247,6 +249,7 @@ def _measures_table(view: View) -> RenderableType:
         ("reward", _figure(row, "reward_mean", ".3f"), sparkline(values(rows, "reward_mean"))),
         ("evaluation", _eval_text(rows).removeprefix("eval "), ""),
         ("entropy", _figure(row, "entropy", ".4f", " nats"), sparkline(values(rows, "entropy"))),
+        *law_lines(law_row(rows)),
         ("entropy coefficient λ", _figure(row, "entropy_coefficient", ".2g"), ""),
         ("staleness", _staleness_text(row).removeprefix("staleness "), ""),
         ("tokens per second", _format(tokens_per_second(row), ",.0f"), ""),

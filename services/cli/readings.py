@@ -1,19 +1,16 @@
-"""One sentence on each figure, computed from what it shows."""
+"""One sentence on each figure of the run, computed from what it shows."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from services.cli.measurements import Row, first, latest, number, values
-from services.cli.summary import difference_error, law_text
+from services.cli.measurements import Row, number, values
+from services.cli.summary import difference_error
 from services.cli.words import moved, percent
 
 WINDOW = 10
 """Steps that a first and a last mean are over."""
-
-Course = tuple[list[float], list[float]]
-"""Steps, and a value for each."""
 
 
 def read_reward(rewards: Sequence[float]) -> str:
@@ -42,45 +39,6 @@ def read_evaluation(scored: Sequence[Row]) -> str:
     return f"{text}, {(end - start) / error:+.1f} standard errors ({how})." if error else f"{text}."
 
 
-def read_entropy(rows: Sequence[Row], coefficient: Sequence[float]) -> str:
-    """How much entropy was spent."""
-    start, end = first(rows, "entropy") or 0.0, latest(rows, "entropy") or 0.0
-    text = f"Entropy {moved(start, end)} from {start:.3f} to {end:.3f} nats"
-    if 0 < end < start:
-        text += f": {percent((start - end) / start)} consumed"
-    if coefficient:
-        text += f"; the coefficient went from {coefficient[0]:.2g} to {coefficient[-1]:.2g}"
-    return f"{text}."
-
-
-def read_covariance(rows: Sequence[Row], keys: Sequence[tuple[float, str]]) -> str:
-    """How far the tail of the covariance is from the rest."""
-    percentile, key = keys[-1]
-    name = "largest covariance" if percentile == 100 else f"{percentile:g} % percentile"
-    text = f"In the last step the {name} is {latest(rows, key):.3g}"
-    tops = numbered(rows, "covariance_top_")
-    mean = latest(rows, "covariance_mean")
-    if tops and mean:
-        share, top_key = tops[0]
-        top = latest(rows, top_key) or 0.0
-        text += (
-            f"; the top {share:g} % of tokens have a mean of {top:.3g}, that of all is {mean:.2g}"
-        )
-    return f"{text}."
-
-
-def read_law(rows: Sequence[Row], num_points: int) -> str:
-    """The law, or why there is none."""
-    text = law_text(rows)
-    if text.startswith("not"):
-        return f"{num_points} evaluated versions; the law is {text}."
-    text = f"{text}, from {num_points} evaluated versions"
-    ceiling, score = latest(rows, "law_ceiling"), latest(rows, "eval_score")
-    if ceiling is not None and score is not None and ceiling > score:
-        text += f"; {ceiling - score:.3f} of score is left to the ceiling"
-    return f"{text}."
-
-
 def read_balance(
     phases: Sequence[tuple[str, str, str]],
     parts: Sequence[Sequence[float]],
@@ -100,32 +58,53 @@ def read_balance(
     return f"{text}."
 
 
-def read_mismatch(mismatch: Sequence[float], clipped: Mapping[str, Course]) -> str:
-    """How off-policy the training is; `clipped` has steps and shares by side."""
+def read_lengths(rows: Sequence[Row]) -> str:
+    """How the lengths moved, and how many completions were cut off."""
     texts = []
-    if mismatch:
-        texts.append(
-            f"The median mismatch KL is {statistics.median(mismatch):.2g} nats, the largest"
-            f" {max(mismatch):.2g}"
-        )
-    means = [
+    for name in ("correct", "incorrect"):
+        lengths = values(rows, f"completion_length_{name}")
+        if lengths:
+            start, end = ends(lengths)
+            texts.append(f"{name} ones {moved(start, end)} from {start:.1f} to {end:.1f} tokens")
+    text = f"The completions' mean length: {', '.join(texts)}"
+    truncated = values(rows, "truncated_fraction")
+    if truncated:
+        start, end = ends(truncated)
+        text += f"; cut off at the limit were {percent(start, 1)} at first, {percent(end, 1)} last"
+    return f"{text}."
+
+
+def read_mismatch(rows: Sequence[Row]) -> str:
+    """How off-policy the training is."""
+    texts = []
+    for name, key in (
+        ("mismatch KL", "mismatch_kl"),
+        ("KL of an update", "update_kl"),
+        ("KL to the reference", "reference_kl"),
+    ):
+        numbers = values(rows, key)
+        if numbers:
+            middle, top = statistics.median(numbers), max(numbers)
+            texts.append(f"the median {name} is {middle:.2g} nats, the largest {top:.2g}")
+    lowest, highest = values(rows, "ratio_min"), values(rows, "ratio_max")
+    if highest:
+        span = f"{min(lowest):.3g} to {max(highest):.3g}" if lowest else f"up to {max(highest):.3g}"
+        texts.append(f"the ratio went {'from ' if lowest else ''}{span}")
+    cut = [
         f"{percent(statistics.fmean(shares), 2)} at the {side} bound"
-        for side, (_, shares) in clipped.items()
-        if shares
+        for side in ("low", "high")
+        if (shares := values(rows, f"clip_fraction_{side}"))
     ]
-    if means:
-        texts.append(f"the ratio was clipped in {' and '.join(means)} of the tokens on average")
-    text = "; ".join(texts)
+    if cut:
+        texts.append(f"the ratio was clipped in {' and '.join(cut)} of the tokens on average")
+    sizes = values(rows, "importance_weight_ess")
+    if sizes:
+        texts.append(f"the effective sample was {percent(min(sizes), 1)} of the tokens at least")
+    text = "; ".join(texts) or "no distance was measured"
     return f"{text[0].upper()}{text[1:]}."
 
 
-def numbered(rows: Sequence[Row], prefix: str) -> list[tuple[float, str]]:
-    """Keys such as covariance_p99_8 that have a value, with their numbers, rising."""
-    keys = {key for row in rows for key in row if key.startswith(prefix)}
-    found = []
-    for key in keys:
-        try:
-            found.append((float(key.removeprefix(prefix).replace("_", ".")), key))
-        except ValueError:
-            continue
-    return sorted((percentile, key) for percentile, key in found if values(rows, key))
+def ends(numbers: Sequence[float]) -> tuple[float, float]:
+    """Means of the first and the last steps, of which there is at least one."""
+    window = max(1, min(WINDOW, len(numbers) // 2))
+    return statistics.fmean(numbers[:window]), statistics.fmean(numbers[-window:])

@@ -7,10 +7,17 @@ import statistics
 import sys
 from collections.abc import Sequence
 
+from services.cli.law import (
+    consumed_text,
+    floor_score_text,
+    law_row,
+    law_text,
+    steps_left_text,
+)
 from services.cli.measurements import Row, first, latest, number, staleness_counts, values
 from services.cli.observer import ServiceView
 from services.cli.run_folder import RunFolder
-from services.cli.words import duration, percent
+from services.cli.words import duration
 from shared.config import RunConfig
 
 Facts = list[tuple[str, str]]
@@ -33,7 +40,7 @@ def closing_facts(
         ("evaluation score", evaluation_text(rows)),
         ("entropy", entropy_text(rows)),
         ("entropy coefficient λ", _course(rows, "entropy_coefficient", ".2g")),
-        ("entropy law", law_text(rows)),
+        *law_facts(rows),
         ("tokens trained on", f"{sum(values(rows, 'tokens')):,.0f}"),
         ("mixed-version completions", _mixed_text(services)),
         ("trajectories over max_staleness", overstale_text(rows, config.learner.max_staleness)),
@@ -97,22 +104,18 @@ def entropy_text(rows: Sequence[Row]) -> str:
     start, end = first(rows, "entropy"), latest(rows, "entropy")
     if start is None or end is None:
         return "not measured"
-    share = f", {percent((start - end) / start)} consumed" if start > 0 and end <= start else ""
-    return f"{start:.4f} -> {end:.4f} nats{share}"
+    share = consumed_text(rows)
+    return f"{start:.4f} -> {end:.4f} nats" + (f", {share}" if share else "")
 
 
-def law_text(rows: Sequence[Row]) -> str:
-    """The fitted law, or why there is none."""
-    fitted = [row for row in rows if number(row, "law_a") is not None]
-    if not fitted:
-        return "not identifiable (needs 3 evaluations at entropies that differ)"
-    row = fitted[-1]
-    a, b = number(row, "law_a"), number(row, "law_b")
-    ceiling, r2 = number(row, "law_ceiling"), number(row, "law_r2")
-    text = f"R = -{a:.4g} exp(H) + {_or_unknown(b)}, ceiling {_or_unknown(ceiling)}"
-    if (a or 0.0) < 0:
-        text = f"R = {-(a or 0.0):.4g} exp(H) + {_or_unknown(b)}, no ceiling: the score fell with H"
-    return f"{text}, R² {r2:.2f}" if r2 is not None else text
+def law_facts(rows: Sequence[Row]) -> Facts:
+    """The law, and what it says of the rest of the run; empty texts for what is not known."""
+    row = law_row(rows)
+    return [
+        ("entropy law", law_text(rows)),
+        ("score at the entropy floor", floor_score_text(row)),
+        ("steps to the entropy floor", steps_left_text(row)),
+    ]
 
 
 def overstale_text(rows: Sequence[Row], max_staleness: int) -> str:
@@ -152,7 +155,3 @@ def _mixed_text(services: Sequence[ServiceView]) -> str:
         for each in replicas
     ]
     return ", ".join(counts)
-
-
-def _or_unknown(value: float | None) -> str:
-    return "?" if value is None else f"{value:.4g}"

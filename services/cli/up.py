@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.cli.check import check_task
+from services.cli.check import check_task, notice_lines
 from services.cli.interrupt import Interrupt
 from services.cli.launch import (
     REDIS,
@@ -37,7 +37,7 @@ from services.cli.progress import LiveProgress, PlainProgress, Progress
 from services.cli.run_folder import RunFolder, new_run, resumed_run
 from services.cli.supervisor import Child, ServiceDiedError, Supervisor
 from services.cli.watch import Watch
-from shared.config import Environment, RunConfig, load_run
+from shared.config import Environment, RunConfig, load_run_with_notices
 from shared.redis_server import RedisServer, prepare_redis, until_redis_answers
 from shared.stream import check_server
 from shared.tokenizer import check_model_path
@@ -66,9 +66,11 @@ def up(order: Order, *, plan: Plan = plan_services) -> int:
         StartError: something that the run needs is not there.
         ServiceDiedError: a service ended before the run had finished.
     """
-    config = load_run(order.run_file)
+    config, notices = load_run_with_notices(order.run_file)
     check_ports(config)
     check_task(config)
+    for line in notice_lines(notices):
+        print(line, flush=True)
     if config.model.path is not None:
         check_model_path(config.model.path)
     asyncio.run(_check_redis(config))

@@ -165,6 +165,8 @@ def _wire(
         on_evaluated=lambda metrics: learner.on_evaluated(metrics),
         max_staleness=config.learner.max_staleness,
         max_attempts=config.redis.max_attempts,
+        replace_degenerate=config.advantage.dynamic_sampling,
+        max_degenerate_batches=config.advantage.max_degenerate_batches,
     )
     learner = Learner(
         config=config,
@@ -174,7 +176,7 @@ def _wire(
         feeder=feeder,
         inbox=inbox,
         evaluator=evaluator,
-        law=LawFit(),
+        law=LawFit(config.law),
         publisher=_publisher(
             given,
             registry,

@@ -8,19 +8,17 @@ nothing about it has to be sent.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from hashlib import blake2b
 from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
 
-from shared.config.algorithm import AdvantageConfig
-from shared.records import Completion, GroupUid, Score, ScoredGroup
-from shared.rl.advantage import group_relative, leave_one_out
+from services.learner.advantages import estimate_advantages
+from shared.config import RunConfig
+from shared.records import Completion, GroupUid, ScoredGroup
 from shared.rl.covariance import token_keys
 from shared.rl.staleness import staleness
 
@@ -61,6 +59,7 @@ class Batch:
         minibatches: ranges of row numbers, in order, none empty; they cover all rows.
         mask: [R, C] bool.
         advantages, behaviour_logprobs: [R, C] float32, 0 outside mask.
+        staleness: [R, C] int64, of the version that sampled the token; 0 outside mask.
         uid_hashes: [R] int64.
     """
 
@@ -70,6 +69,7 @@ class Batch:
     mask: Tensor
     advantages: Tensor
     behaviour_logprobs: Tensor
+    staleness: Tensor
     uid_hashes: Tensor
 
 
@@ -109,19 +109,8 @@ class MicroBatch:
         return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
 
 
-def is_usable(score: Score) -> bool:
-    """Whether a completion can be compared: judged, with a finite reward."""
-    return score.outcome.is_verdict and math.isfinite(score.reward)
-
-
-def build_batch(
-    groups: Sequence[ScoredGroup],
-    advantage: AdvantageConfig,
-    *,
-    num_minibatches: int,
-    policy_version: int,
-) -> Batch:
-    """The rows of all usable completions, cut into at most num_minibatches.
+def build_batch(groups: Sequence[ScoredGroup], config: RunConfig, *, policy_version: int) -> Batch:
+    """The rows of all usable completions, cut into mini-batches for the optimiser.
 
     Groups are dealt to the mini-batches in order, the first ones a group longer where it does
     not come out even; a mini-batch without a usable completion is left out.
@@ -131,21 +120,28 @@ def build_batch(
     Raises:
         ValueError: a prompt without tokens.
     """
-    estimate = _estimator(advantage)
+    advantages = estimate_advantages(
+        groups, config.advantage, max_completion_tokens=config.rollout.max_completion_tokens
+    )
     rows_by_group = [
-        _group_rows(number, group, estimate, policy_version) for number, group in enumerate(groups)
+        _group_rows(number, group, advantages[number], policy_version)
+        for number, group in enumerate(groups)
     ]
     rows = tuple(chain.from_iterable(rows_by_group))
+    num_minibatches = config.learner.optimizer_steps_per_batch
     cuts = [len(groups) * i // num_minibatches for i in range(num_minibatches + 1)]
     starts = [sum(len(each) for each in rows_by_group[:cut]) for cut in cuts]
     minibatches = tuple(range(start, end) for start, end in pairwise(starts) if end > start)
     lengths = torch.tensor([len(row.completion.token_ids) for row in rows], dtype=torch.int64)
     width = int(lengths.max()) if rows else 0
     mask = torch.arange(width) < lengths.unsqueeze(1)
-    behaviour = torch.zeros(mask.shape)
+    behaviour, ages = torch.zeros(mask.shape), torch.zeros(mask.shape, dtype=torch.int64)
     for number, row in enumerate(rows):
-        logprobs = row.completion.behaviour_logprobs
+        logprobs, runs = row.completion.behaviour_logprobs, row.completion.version_runs
         behaviour[number, : len(logprobs)] = torch.tensor(logprobs)
+        of_runs = torch.tensor([staleness(policy_version, [run.policy_version]) for run in runs])
+        counts = torch.tensor([run.num_tokens for run in runs])
+        ages[number, : len(logprobs)] = of_runs.repeat_interleave(counts)
     return Batch(
         groups=tuple(groups),
         rows=rows,
@@ -153,6 +149,7 @@ def build_batch(
         mask=mask,
         advantages=torch.tensor([row.advantage for row in rows]).unsqueeze(1) * mask,
         behaviour_logprobs=behaviour,
+        staleness=ages,
         uid_hashes=torch.tensor([row.uid_hash for row in rows], dtype=torch.int64),
     )
 
@@ -216,26 +213,15 @@ def hash_completion(uid: GroupUid, number: int) -> int:
     return int.from_bytes(blake2b(name, digest_size=8).digest(), "big", signed=True)
 
 
-def _estimator(advantage: AdvantageConfig) -> Callable[..., Tensor]:
-    estimators: dict[str, Callable[..., Tensor]] = {
-        "grpo": partial(group_relative, normalise_std=advantage.normalise_std),
-        "rloo": leave_one_out,
-    }
-    return estimators[advantage.estimator]
-
-
 def _group_rows(
-    number: int, group: ScoredGroup, estimate: Callable[..., Tensor], policy_version: int
+    number: int, group: ScoredGroup, advantages: Sequence[float], policy_version: int
 ) -> list[Row]:
     prompt = group.rollout.prompt
     if not prompt.prompt_token_ids:
         raise ValueError(f"group {prompt.uid} has a prompt without tokens")
-    usable = [is_usable(score) for score in group.scores]
-    rewards = torch.tensor([score.reward for score in group.scores], dtype=torch.float64)
-    advantages = estimate(rewards, valid=torch.tensor(usable)).tolist()
     rows = []
     for place, completion in enumerate(group.rollout.completions):
-        if not usable[place]:
+        if not group.scores[place].is_usable:
             continue
         versions = [run.policy_version for run in completion.version_runs]
         rows.append(

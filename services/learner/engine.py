@@ -28,9 +28,10 @@ from transformers import AutoTokenizer
 
 from services.learner.batch import MicroBatch
 from services.learner.measures import StepReport
-from services.learner.policy import Policy
+from services.learner.passes import OptimizerStep
+from services.learner.policy import Policy, statistics
 from services.learner.ranks import Command, Opcode, Ranks
-from services.learner.training import OptimizerStep, Trainer
+from services.learner.training import Trainer
 from shared.buckets import Manifest, ParameterSpec
 from shared.codec import (
     decode_scored_group,
@@ -64,7 +65,13 @@ class LearnerEngine:
     """The policy, its optimiser and its entropy controller, over all ranks."""
 
     def __init__(
-        self, config: RunConfig, model_path: str, policy: Policy, engine: Any, ranks: Ranks
+        self,
+        config: RunConfig,
+        model_path: str,
+        policy: Policy,
+        reference: Policy | None,
+        engine: Any,
+        ranks: Ranks,
     ) -> None:
         """Use `start`."""
         self._config = config
@@ -73,7 +80,9 @@ class LearnerEngine:
         self._engine = engine
         self._ranks = ranks
         self._is_sharded = config.learner.zero_stage == 3
-        model = DeepSpeedModel(policy, engine, ranks, zero_stage=config.learner.zero_stage)
+        model = DeepSpeedModel(
+            policy, reference, engine, ranks, zero_stage=config.learner.zero_stage
+        )
         self._trainer = Trainer(config, model, ranks)
         self._is_open = True
 
@@ -86,14 +95,13 @@ class LearnerEngine:
             StartError: there is no such model.
         """
         torch.set_num_threads(config.learner.threads)
-        policy = Policy.load(
-            model_path,
-            dtype=getattr(torch, config.model.dtype),
-            chunk=config.learner.logit_chunk_tokens,
-        )
+        policy = _load_policy(config, model_path)
         ranks = Ranks.join(environment)
+        reference = None
+        if config.reference_kl.coef > 0:
+            reference = _load_policy(config, model_path).requires_grad_(False).to(ranks.device)
         engine = _initialise(policy, config, ranks.device, environment.local_rank)
-        return cls(config, model_path, policy, engine, ranks)
+        return cls(config, model_path, policy, reference, engine, ranks)
 
     @property
     def rank(self) -> int:
@@ -235,7 +243,6 @@ class LearnerEngine:
                 torch.arange(len(token_ids) - 1, device=device),
                 token_ids[1:],
                 temperature=1.0,
-                clamp_p=None,
             )
         scores: list[float] = logprobs.tolist()
         return scores
@@ -275,9 +282,8 @@ class LearnerEngine:
         }
 
     def _save(self, folder: Path) -> None:
-        controller = self._trainer.controller
         client_state = {
-            "controller": None if controller is None else controller.state_dict(),
+            "controller": self._trainer.coefficient.state_dict(),
             "rng": torch.get_rng_state(),
         }
         self._engine.save_checkpoint(
@@ -285,15 +291,13 @@ class LearnerEngine:
         )
 
     def _load(self, folder: Path) -> None:
-        controller = self._trainer.controller
         try:
             with _silence():
                 path, client_state = self._engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
             if path is None:
                 raise ValueError("DeepSpeed found no state in it")
             torch.set_rng_state(client_state["rng"])
-            if controller is not None and client_state["controller"] is not None:
-                controller.load_state_dict(client_state["controller"])
+            self._trainer.coefficient.load_state_dict(client_state["controller"])
         except UNREADABLE as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise CheckpointError(
@@ -310,15 +314,29 @@ class LearnerEngine:
 class DeepSpeedModel:
     """The policy in DeepSpeed's hands, as `services.learner.training` wants it."""
 
-    def __init__(self, policy: Policy, engine: Any, ranks: Ranks, *, zero_stage: int) -> None:
-        """Wrap what `deepspeed.initialize` returned."""
+    def __init__(
+        self,
+        policy: Policy,
+        reference: Policy | None,
+        engine: Any,
+        ranks: Ranks,
+        *,
+        zero_stage: int,
+    ) -> None:
+        """Wrap what `deepspeed.initialize` returned; the reference is whole on every rank."""
         self._policy = policy
+        self._reference = reference
         self._engine = engine
         self._world_size = ranks.world_size
         self._zero_stage = zero_stage
 
     def forward(
-        self, micro_batch: MicroBatch, *, temperature: float, clamp_p: float | None
+        self,
+        micro_batch: MicroBatch,
+        *,
+        temperature: float,
+        clamp_p: float | None = None,
+        with_mean_pull: bool = False,
     ) -> TokenStatistics:
         """Statistics of the tokens, [N] each."""
         outputs = self._engine(
@@ -327,9 +345,20 @@ class DeepSpeedModel:
             micro_batch.targets,
             temperature=temperature,
             clamp_p=clamp_p,
+            with_mean_pull=with_mean_pull,
         )
-        clamped, removed = outputs[2:] or (None, None)
-        return TokenStatistics(outputs[0], outputs[1], clamped, removed)
+        return statistics(outputs, is_clamped=clamp_p is not None)
+
+    def reference_logprobs(self, micro_batch: MicroBatch, *, temperature: float) -> Tensor:
+        """Log-probs [N] under the reference model."""
+        assert self._reference is not None, "there is no reference model"
+        outputs: tuple[Tensor, ...] = self._reference(
+            micro_batch.input_ids,
+            micro_batch.predictors,
+            micro_batch.targets,
+            temperature=temperature,
+        )
+        return outputs[0]
 
     def accumulate(self, loss: Tensor, *, is_last: bool) -> None:
         """Add a gradient; ZeRO-2 and 3 exchange it at once, the others with the last."""
@@ -353,6 +382,14 @@ class DeepSpeedModel:
             return OptimizerStep(norm, rate, is_applied=False)
         self._engine.step()
         return OptimizerStep(norm, rate, is_applied=True)
+
+
+def _load_policy(config: RunConfig, model_path: str) -> Policy:
+    return Policy.load(
+        model_path,
+        dtype=getattr(torch, config.model.dtype),
+        chunk=config.learner.logit_chunk_tokens,
+    )
 
 
 def _initialise(policy: Policy, config: RunConfig, device: torch.device, local_rank: int) -> Any:

@@ -16,9 +16,10 @@ from typing import Any
 from services.learner.feeder import make_group
 from shared.codec import encode_prompt_group
 from shared.config import RunConfig
+from shared.config.algorithm import LawConfig
 from shared.metrics import BACKPRESSURE_SECONDS
 from shared.records import GroupUid, Outcome, Purpose, ScoredGroup
-from shared.rl.entropy_law import EntropyLaw, fit
+from shared.rl.entropy_law import EntropyLaw, fit, forecast
 from shared.stream import Stream, put_when_room
 from shared.tasks.task import Problem
 from shared.tokenizer import Tokenizer
@@ -137,7 +138,8 @@ class Evaluator:
 class LawFit:
     """The entropy law, fitted anew whenever a version has both an entropy and a score."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: LawConfig) -> None:
+        self._config = config
         self._entropies: dict[int, float] = {}
         self._scores: dict[int, float] = {}
 
@@ -150,20 +152,41 @@ class LawFit:
         self._scores[policy_version] = score
 
     def metrics(self) -> dict[str, float]:
-        """The law so far; nothing while it cannot be identified."""
-        law = self._fit()
-        if law is None:
+        """The law so far, and the forecast that it allows; {} before the first entropy.
+
+        While the points do not identify the law, `law_identifiable` is 0 and what depends on it
+        is NaN; the entropy's share consumed, its rate and the steps left do not.
+        """
+        if not self._entropies:
             return {}
-        latest = self._entropies[max(self._entropies)]
+        law = self._fit()
+        steps = sorted(self._entropies)
+        ahead = forecast(
+            law,
+            steps,
+            [self._entropies[step] for step in steps],
+            floor=self._config.floor,
+            window=self._config.window,
+        )
         return {
+            "law_identifiable": float(law.is_identifiable),
+            "law_points": float(law.num_points),
+            "law_condition": law.condition,
             "law_a": law.a,
+            "law_a_low": law.a_interval[0],
+            "law_a_high": law.a_interval[1],
             "law_b": law.b,
             "law_ceiling": law.ceiling,
+            "law_ceiling_low": law.ceiling_interval[0],
+            "law_ceiling_high": law.ceiling_interval[1],
             "law_rmse": law.rmse,
             "law_r2": law.r2,
-            "law_condition": law.condition,
-            "law_points": float(len(self._points())),
-            "law_forecast_now": law.predict(latest),
+            "law_floor": self._config.floor,
+            "law_score_at_floor": ahead.score_at_floor,
+            "law_gain_left": ahead.gain_left,
+            "law_steps_left": ahead.steps_left,
+            "entropy_consumed": ahead.consumed,
+            "entropy_rate": ahead.rate,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -178,16 +201,12 @@ class LawFit:
         self._entropies = dict(state["entropies"])
         self._scores = dict(state["scores"])
 
-    def _points(self) -> list[tuple[float, float]]:
+    def _fit(self) -> EntropyLaw:
         both = sorted(set(self._entropies) & set(self._scores))
-        return [(self._entropies[version], self._scores[version]) for version in both]
-
-    def _fit(self) -> EntropyLaw | None:
-        points = self._points()
-        if len(points) < 3:
-            return None
-        law = fit([entropy for entropy, _ in points], [score for _, score in points])
-        return law if law.is_identifiable else None
+        return fit(
+            [self._entropies[version] for version in both],
+            [self._scores[version] for version in both],
+        )
 
 
 def _problem_result(group: ScoredGroup) -> tuple[float, float, float]:

@@ -1,7 +1,7 @@
 """Puts prompt groups on the stream `prompts`, never more than admission allows.
 
-Consumes the seeded prompt order. Waits for room in the stream. Unblocked by groups that are trained
-or abandoned. Stops when enough positions for the whole run are issued.
+Consumes the seeded prompt order. Waits for room in the stream. Unblocked by groups that are
+trained, abandoned or skipped. Stops when enough positions for the whole run are issued.
 """
 
 from __future__ import annotations
@@ -49,7 +49,11 @@ class Feeder:
         self._total = config.run.num_steps * config.learner.groups_per_batch
 
     async def fill(self, *, policy_version: int) -> int:
-        """Issue what admission allows; returns how many groups that was."""
+        """Issue what admission allows; returns how many groups that was.
+
+        Afterwards a batch's worth is out, or all that the run has still to train: a position that
+        ended untrained is needed again, so no wait for a batch is in vain.
+        """
         ledger = self._ledger
         room = admissible(
             ledger.num_outstanding,

@@ -3,6 +3,9 @@
 Consumes `scored`. Waits for the groups of one batch. Unblocked by verifiers. Every entry that was
 claimed is remembered until a checkpoint contains its effect; only then is it acknowledged, so
 that a crash before it finds the entry pending and trains on it again, in the same order.
+
+A group whose usable rewards are all equal cannot tell good from bad. With dynamic sampling (DAPO,
+https://arxiv.org/abs/2503.14476) it is skipped and another prompt takes its place in the batch.
 """
 
 from __future__ import annotations
@@ -17,8 +20,8 @@ from services.learner.feeder import Feeder
 from services.learner.ledger import Ledger
 from shared.codec import decode_scored_group
 from shared.errors import StreamError
-from shared.metrics import DEAD_LETTERED, LEARNER_DROPPED
-from shared.records import Purpose, ScoredGroup
+from shared.metrics import DEAD_LETTERED, LEARNER_DEGENERATE, LEARNER_DROPPED
+from shared.records import Outcome, Purpose, ScoredGroup
 from shared.rl.staleness import staleness
 from shared.stream import Entry, Stream, put_when_room
 
@@ -30,7 +33,12 @@ MIN_JUDGED = 2
 
 
 class Inbox:
-    """The only consumer of `scored`."""
+    """The only consumer of `scored`.
+
+    Attributes:
+        dropped: groups of this process that were not trained on, by reason.
+        num_replaced: groups that were skipped for the batch taken last.
+    """
 
     def __init__(
         self,
@@ -43,8 +51,11 @@ class Inbox:
         on_evaluated: Callable[[dict[str, Any]], None],
         max_staleness: int,
         max_attempts: int,
+        replace_degenerate: bool,
+        max_degenerate_batches: int,
     ) -> None:
         self.dropped: dict[str, int] = {}
+        self.num_replaced = 0
         self._scored = scored
         self._dead_letter = dead_letter
         self._ledger = ledger
@@ -53,8 +64,15 @@ class Inbox:
         self._on_evaluated = on_evaluated
         self._max_staleness = max_staleness
         self._max_attempts = max_attempts
+        self._replace_degenerate = replace_degenerate
+        self._max_degenerate_batches = max_degenerate_batches
         self._backlog: deque[Entry] = deque()
         self._unacknowledged: list[str] = []
+
+    @property
+    def num_unacknowledged(self) -> int:
+        """Entries that the next checkpoint takes off the stream."""
+        return len(self._unacknowledged)
 
     async def recover(self) -> None:
         """After a crash: what was claimed and not acknowledged comes first, in its old order."""
@@ -66,16 +84,23 @@ class Inbox:
     ) -> list[ScoredGroup]:
         """`count` groups to train on, none of a token staler than the bound.
 
+        With dynamic sampling none of them is degenerate, until max_degenerate_batches x `count`
+        were replaced for this batch: then they are taken as they come, so that a task that is
+        all solved or all failed does not stop the run.
+
         `while_waiting` is called with the number of groups still missing whenever none came; if
         it raises, the groups taken so far stay pending.
         """
+        max_replaced = self._max_degenerate_batches * count if self._replace_degenerate else 0
         batch: dict[int, ScoredGroup] = {}
         ids: list[str] = []
         while len(batch) < count:
             entries = await self._next(count - len(batch))
             for entry in entries:
                 group = await self._sort(entry)
-                if group is None or not await self._is_trainable(group, policy_version, batch):
+                if group is None or not await self._is_trainable(
+                    group, policy_version, batch, max_replaced
+                ):
                     self._unacknowledged.append(entry.id)
                 else:
                     batch[self._ledger.position(group.rollout.prompt.uid)] = group
@@ -83,6 +108,9 @@ class Inbox:
             if not entries:
                 await while_waiting(count - len(batch))
         self._unacknowledged += ids
+        self.num_replaced = self._ledger.num_replaced
+        if self._replace_degenerate:
+            self._report_degenerate(list(batch.values()))
         return list(batch.values())
 
     async def take_evaluations(self, *, while_waiting: Callable[[int], Awaitable[None]]) -> None:
@@ -120,7 +148,11 @@ class Inbox:
         return None
 
     async def _is_trainable(
-        self, group: ScoredGroup, policy_version: int, batch: Collection[int]
+        self,
+        group: ScoredGroup,
+        policy_version: int,
+        batch: Collection[int],
+        max_replaced: int,
     ) -> bool:
         """False if the group was dropped; then its prompt is on its way again, unless done."""
         uid = group.rollout.prompt.uid
@@ -130,6 +162,8 @@ class Inbox:
             await self._retry(group, "incomplete_group", policy_version)
         elif group_staleness(group, policy_version) > self._max_staleness:
             await self._retry(group, "stale", policy_version)
+        elif self._ledger.num_replaced < max_replaced and is_degenerate(group):
+            await self._replace(group, policy_version)
         else:
             return True
         return False
@@ -145,6 +179,30 @@ class Inbox:
         else:
             await self._feeder.reissue(position, reason=reason, policy_version=policy_version)
 
+    async def _replace(self, group: ScoredGroup, policy_version: int) -> None:
+        """Skip a degenerate group; the next prompt of the order is issued for it."""
+        self._drop(group, "degenerate")
+        # Groups that are trained on are counted with their step; this one is in none.
+        passed = {score.outcome is Outcome.PASS for score in group.scores if score.is_usable}
+        if len(passed) == 1:
+            reason = "all_correct" if passed.pop() else "all_wrong"
+            LEARNER_DEGENERATE.labels(reason=reason).inc()
+        self._ledger.skip(self._ledger.position(group.rollout.prompt.uid))
+        await self._feeder.fill(policy_version=policy_version)
+
+    def _report_degenerate(self, batch: Collection[ScoredGroup]) -> None:
+        num_degenerate = sum(map(is_degenerate, batch))
+        if num_degenerate:
+            logger.warning(
+                "%d of %d groups of a batch have equal rewards and teach nothing, after %d were"
+                " replaced (advantage.dynamic_sampling), the most that"
+                " advantage.max_degenerate_batches = %d allows: the task is too easy or too hard",
+                num_degenerate,
+                len(batch),
+                self.num_replaced,
+                self._max_degenerate_batches,
+            )
+
     def _drop(self, group: ScoredGroup, reason: str) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
         LEARNER_DROPPED.labels(reason=reason).inc(len(group.scores))
@@ -154,6 +212,15 @@ class Inbox:
         LEARNER_DROPPED.labels(reason="malformed").inc()
         DEAD_LETTERED.labels(stream=self._scored.name).inc()
         await put_when_room(self._dead_letter, entry.payload)
+
+
+def is_degenerate(group: ScoredGroup) -> bool:
+    """Whether the group teaches nothing: no two of its usable rewards differ.
+
+    These are the verifier's rewards, without a penalty for length: two correct completions of
+    unlike lengths do not make a group worth keeping.
+    """
+    return len({score.reward for score in group.scores if score.is_usable}) <= 1
 
 
 def group_staleness(group: ScoredGroup, policy_version: int) -> int:

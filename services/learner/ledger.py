@@ -1,9 +1,9 @@
-"""Which places of the prompt order were issued, trained and given up: exactly once, across crashes.
+"""Which places of the prompt order were issued and how each ended: exactly once, across crashes.
 
 The prompt order is endless: epoch after epoch, each a seeded permutation of the task's problems. A
 *position* numbers its places, `position = epoch * num_problems + index`. A position is outstanding
-from its first issue until it was trained or abandoned; re-issues raise its attempt. The state is
-small: everything below `frontier` is done, and the few positions above it are listed.
+from its first issue until it was trained, abandoned or skipped; re-issues raise its attempt. The
+state is small: everything below `frontier` is done, and the few positions above it are listed.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ class Ledger:
         done: finished positions at or above the frontier.
         outstanding: issued, not done; position to the attempt that counts.
         abandoned: positions given up, all of them done.
+        num_skipped: positions done whose group taught nothing and was replaced by another.
+        num_replaced: those of them since a group was last trained on: for the batch under way.
     """
 
     run_id: str
@@ -36,6 +38,8 @@ class Ledger:
     done: set[int] = field(default_factory=set)
     outstanding: dict[int, int] = field(default_factory=dict)
     abandoned: set[int] = field(default_factory=set)
+    num_skipped: int = 0
+    num_replaced: int = 0
 
     @property
     def num_outstanding(self) -> int:
@@ -45,7 +49,7 @@ class Ledger:
     @property
     def num_trained(self) -> int:
         """Positions trained on."""
-        return self.frontier + len(self.done) - len(self.abandoned)
+        return self.frontier + len(self.done) - len(self.abandoned) - self.num_skipped
 
     def issue_next(self) -> GroupUid:
         """The next position of the order that is neither outstanding nor done."""
@@ -78,19 +82,22 @@ class Ledger:
 
     def finish(self, position: int) -> None:
         """An outstanding position was trained on."""
-        del self.outstanding[position]
-        self.done.add(position)
-        while self.frontier in self.done:
-            self.done.remove(self.frontier)
-            self.frontier += 1
+        self._close(position)
+        self.num_replaced = 0
 
     def abandon(self, position: int) -> None:
         """An outstanding position will never be trained on."""
+        self._close(position)
         self.abandoned.add(position)
-        self.finish(position)
+
+    def skip(self, position: int) -> None:
+        """An outstanding position is not trained on: another one replaces it."""
+        self._close(position)
+        self.num_skipped += 1
+        self.num_replaced += 1
 
     def is_done(self, position: int) -> bool:
-        """Trained on or abandoned."""
+        """Trained on, abandoned or skipped."""
         return position < self.frontier or position in self.done
 
     def is_wanted(self, uid: GroupUid) -> bool:
@@ -116,6 +123,8 @@ class Ledger:
             "done": sorted(self.done),
             "outstanding": sorted(self.outstanding.items()),
             "abandoned": sorted(self.abandoned),
+            "num_skipped": self.num_skipped,
+            "num_replaced": self.num_replaced,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -132,6 +141,16 @@ class Ledger:
         self.cursor, self.frontier = state["cursor"], state["frontier"]
         self.done, self.abandoned = set(state["done"]), set(state["abandoned"])
         self.outstanding = dict(state["outstanding"])
+        # A checkpoint from before there was dynamic sampling has neither.
+        self.num_skipped = state.get("num_skipped", 0)
+        self.num_replaced = state.get("num_replaced", 0)
+
+    def _close(self, position: int) -> None:
+        del self.outstanding[position]
+        self.done.add(position)
+        while self.frontier in self.done:
+            self.done.remove(self.frontier)
+            self.frontier += 1
 
     def _uid(self, position: int) -> GroupUid:
         epoch, index = divmod(position, self.num_problems)

@@ -37,7 +37,13 @@ from services.learner.journal import Journal
 from services.learner.ledger import Ledger
 from services.learner.measures import StepReport
 from services.learner.publisher import OnEngine, Publisher
-from services.learner.telemetry import count_step, numbers, observe_queues, step_row
+from services.learner.telemetry import (
+    count_step,
+    numbers,
+    observe_queues,
+    step_row,
+    without_nan,
+)
 from shared.config import RunConfig
 from shared.errors import CheckpointError, StreamError
 from shared.metrics import LEARNER_CHECKPOINTS, LEARNER_PHASE, LearnerGauges
@@ -209,15 +215,15 @@ class Learner:
             seconds=seconds,
             pause_seconds=pause,
         )
+        row["groups_replaced"] = self.inbox.num_replaced
         dropped = {f"dropped_{reason}": n for reason, n in sorted(self.inbox.dropped.items())}
         waiting = {f"queue_{name}": depth for name, depth in self.progress.queues.items()}
-        self._write({**row, **dropped, **waiting})
+        self._write({**row, **self.law.metrics(), **dropped, **waiting})
 
     def _write(self, row: dict[str, Any]) -> None:
         self.journal.write(row)
-        values = numbers(row)
-        self.gauges.update(values)
-        self.progress.metrics |= values
+        self.progress.metrics = without_nan({**self.progress.metrics, **numbers(row)})
+        self.gauges.show(self.progress.metrics)
 
     async def _publish(self) -> float:
         """Returns the longest pause of a replica, in seconds."""
@@ -239,6 +245,7 @@ class Learner:
         await self._obey()
         await self._bring_late_replicas_up()
         await self._observe()
+        await self._make_room()
         replicas = self.publisher.replicas
         self.progress.enter(
             f"waits for {num_missing} of {self.config.learner.groups_per_batch} groups of step"
@@ -249,6 +256,18 @@ class Learner:
     async def _bring_late_replicas_up(self) -> None:
         if not await self.publisher.is_reached(self.progress.policy_version):
             await self._publish()
+
+    async def _make_room(self) -> None:
+        """Checkpoint early where only that lets the stream go on.
+
+        What was taken stays on `scored` until a checkpoint; groups that dynamic sampling replaces
+        are not foreseen in its size.
+        """
+        depth = await self.streams.scored.depth()
+        is_full = depth.waiting + depth.pending >= self.streams.scored.capacity
+        if is_full and self.inbox.num_unacknowledged:
+            logger.info("checkpoints early: `scored` is full of what was taken")
+            await self._try_checkpoint()
 
     async def _wait_for_evaluations(self, _: int) -> None:
         await self._wait_for_groups(0)
@@ -332,7 +351,7 @@ class Learner:
         self.evaluator.load_state_dict(state["evaluator"])
         self.law.load_state_dict(state["law"])
         self.progress.metrics = state["metrics"]
-        self.gauges.update(state["metrics"])
+        self.gauges.show(state["metrics"])
         await self.on_engine(lambda: self.engine.load(checkpoint.engine_folder))
         self.progress.step = self.progress.policy_version = checkpoint.step
         logger.info("resumed from %s", checkpoint.folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from shared.errors import ConfigError, StartError
-from shared.rl.entropy import fused_logprob_entropy
+from shared.rl.entropy import TokenStatistics, fused_logprob_entropy
 
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Keys of a model's configuration under which it changes logits after its head."""
@@ -34,10 +35,17 @@ class FusedHead(nn.Module):
         targets: Tensor,
         temperature: float,
         clamp_p: float | None,
+        with_mean_pull: bool,
     ) -> tuple[Tensor, ...]:
         """As `Policy.forward`, from the hidden states [N, D] of the predicting positions."""
         statistics = fused_logprob_entropy(
-            hidden, weight, targets, temperature=temperature, clamp_p=clamp_p, chunk=self._chunk
+            hidden,
+            weight,
+            targets,
+            temperature=temperature,
+            clamp_p=clamp_p,
+            chunk=self._chunk,
+            with_mean_pull=with_mean_pull,
         )
         return tuple(each for each in statistics if each is not None)
 
@@ -94,22 +102,39 @@ class Policy(nn.Module):
         targets: Tensor,
         *,
         temperature: float,
-        clamp_p: float | None,
+        clamp_p: float | None = None,
+        with_mean_pull: bool = False,
     ) -> tuple[Tensor, ...]:
-        """(log-prob, entropy) or (log-prob, entropy, clamped entropy, removed mass), each [N].
+        """The fields of TokenStatistics that are there, in their order, each [N].
+
+        A plain tuple, because DeepSpeed looks for the tensors in it; `statistics` names them.
 
         Args:
             input_ids: [B, T], padded on the right.
             predictors: [N], positions in the flattened [B * T].
             targets: [N], the token that follows each of them.
-            clamp_p: as `shared.rl.entropy.clamped_entropy`; None leaves the last two out.
+            clamp_p: as `shared.rl.entropy.clamped_entropy`; None leaves out the clamped entropy
+                and the removed mass.
+            with_mean_pull: whether `mean_pull` is there.
         """
         hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         chosen = hidden.flatten(0, 1)[predictors]
         outputs: tuple[Tensor, ...] = self.head(
-            chosen, self.head_weight, targets, temperature, clamp_p
+            chosen, self.head_weight, targets, temperature, clamp_p, with_mean_pull
         )
         return outputs
+
+
+def statistics(outputs: Sequence[Tensor], *, is_clamped: bool) -> TokenStatistics:
+    """The outputs of `Policy.forward` by name.
+
+    Args:
+        is_clamped: whether there was a clamp_p.
+    """
+    logprob, entropy, *rest = outputs
+    clamped, removed = rest[:2] if is_clamped else (None, None)
+    pull = rest[2 * is_clamped :]
+    return TokenStatistics(logprob, entropy, clamped, removed, pull[0] if pull else None)
 
 
 def _head_weight(model: Any) -> nn.Parameter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -85,6 +86,7 @@ def step_row(
         "staleness_counts": {str(value): count for value, count in report.histograms["staleness"]},
         "replica_groups": _by_replica(batch),
         **report.metrics,
+        **report.profiles,
     }
 
 
@@ -95,6 +97,11 @@ def numbers(row: Mapping[str, Any]) -> dict[str, float]:
         for key, value in row.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
+
+
+def without_nan(values: Mapping[str, float]) -> dict[str, float]:
+    """What is known; a quantity that has become undefined is shown no longer."""
+    return {key: value for key, value in values.items() if not math.isnan(value)}
 
 
 async def observe_queues(streams: Streams) -> dict[str, int]:

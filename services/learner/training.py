@@ -1,9 +1,11 @@
 """One training step, from scored groups to moved weights and measured quantities.
 
-1. Measure: a pass without gradient over the batch gives proximal log-probs and entropies.
-2. For each optimiser mini-batch: select tokens over all ranks, accumulate the gradient of its
+1. Measure: a pass without gradient over the batch gives proximal log-probs and entropies, and
+   one of the reference model its log-probs where the loss needs them.
+2. For each optimiser mini-batch: choose tokens over all ranks, accumulate the gradient of its
    micro-batches, take the optimiser step.
-3. Share the values per token, let the entropy controller move, report.
+3. Share the values per token, let the entropy controller move, report. Now and then measure once
+   more, to compare the entropy's change with the predicted one.
 
 Every rank runs this with the same groups, works on its own micro-batches, and knows at the end
 what was measured on all of them.
@@ -12,13 +14,13 @@ what was measured on all of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from services.learner.advantages import shape_advantages
 from services.learner.batch import (
     Batch,
     MicroBatch,
@@ -28,66 +30,26 @@ from services.learner.batch import (
     plan_micro_batches,
     selection_keys,
 )
-from services.learner.measures import StepReport, TokenRecord, Update, step_report
-from services.learner.objective import Loss, Objective, TokenInputs, Totals
+from services.learner.coefficient import EntropyCoefficient
+from services.learner.diagnostics import TokenRecord
+from services.learner.loss_modes import TokenInputs
+from services.learner.measures import StepReport, Update, step_report
+from services.learner.objective import Choice, Loss, Objective, Totals
+from services.learner.passes import Passes, TokenTable, TrainedModel
 from services.learner.ranks import Ranks
 from shared.config import RunConfig
 from shared.records import ScoredGroup
 from shared.rl.entropy import TokenStatistics
-from shared.rl.entropy_control import AEntController
 
-WHOLE = ("logprob", "entropy")
-"""The fields of TokenStatistics that are there without a clamp."""
-
-
-class OptimizerStep(NamedTuple):
-    """The gradient's norm before clipping, and whether the weights moved."""
-
-    grad_norm: float
-    learning_rate: float
-    is_applied: bool
-
-
-class TrainedModel(Protocol):
-    """The policy and its optimiser; `services.learner.engine` has the one on DeepSpeed."""
-
-    def forward(
-        self, micro_batch: MicroBatch, *, temperature: float, clamp_p: float | None
-    ) -> TokenStatistics:
-        """Statistics of the tokens, [N] each."""
-
-    def accumulate(self, loss: Tensor, *, is_last: bool) -> None:
-        """Add the gradient of a loss whose sum over ranks and calls is minimised."""
-
-    def step(self) -> OptimizerStep:
-        """Move the weights along what was accumulated, unless it is not finite."""
-
-
-class TokenTable:
-    """Named matrices [R, C]; each rank fills the rows it has, `share` makes them whole."""
-
-    def __init__(self, names: Sequence[str], shape: torch.Size, ranks: Ranks) -> None:
-        """All zeros."""
-        self._names = tuple(names)
-        self._values = torch.zeros(len(names), *shape, device=ranks.device)
-        self._ranks = ranks
-
-    def put(self, name: str, micro_batch: MicroBatch, values: Tensor) -> None:
-        """The values [N] of a micro-batch's tokens."""
-        spread = micro_batch.spread(values.detach().float())
-        matrix = self._values[self._names.index(name)]
-        matrix[list(micro_batch.rows), : spread.shape[1]] = spread
-
-    def share(self) -> dict[str, Tensor]:
-        """The matrices of all ranks; exact, because every value is added to zeros."""
-        self._ranks.sum_in_place(self._values)
-        return dict(zip(self._names, self._values, strict=True))
+DURING = ("target", "entropy", "selected", "kept", "clamped")
+"""What a step's table holds of the weights that each token's gradient was taken at."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
     """A step under way; `micro_batches` are this rank's, by mini-batch."""
 
+    number: int
     batch: Batch
     plans: tuple[Plan, ...]
     micro_batches: tuple[tuple[MicroBatch, ...], ...]
@@ -96,7 +58,7 @@ class _Step:
 
 
 class Trainer:
-    """Takes training steps; keeps the entropy controller."""
+    """Takes training steps; keeps the entropy coefficient."""
 
     def __init__(self, config: RunConfig, model: TrainedModel, ranks: Ranks) -> None:
         """Nothing moves yet."""
@@ -104,33 +66,37 @@ class Trainer:
         self._model = model
         self._ranks = ranks
         self._temperature = config.rollout.temperature
-        self._objective = Objective(config.policy_loss, config.entropy, config.off_policy)
-        self.controller = _controller(config)
+        self._objective = Objective(config)
+        self._passes = Passes(
+            model, ranks, temperature=self._temperature, clamp_p=self._objective.clamp_p
+        )
+        self.coefficient = EntropyCoefficient(config)
 
     def train(self, groups: Sequence[ScoredGroup], *, step: int, policy_version: int) -> StepReport:
         """As `LearnerEngine.train`, on every rank."""
-        batch = build_batch(
-            groups,
-            self._config.advantage,
-            num_minibatches=self._config.learner.optimizer_steps_per_batch,
-            policy_version=policy_version,
-        )
+        batch = build_batch(groups, self._config, policy_version=policy_version)
         if not batch.rows:
             return step_report(batch, None, [], self._config.policy_loss)
         plans = tuple(self._plan(batch, rows) for rows in batch.minibatches)
         micro_batches = tuple(self._mine(batch, plan) for plan in plans)
-        before = self._measure_all(batch, micro_batches)
+        compares = self._compares_entropy(step)
+        every = [each for minibatch in micro_batches for each in minibatch]
+        before = self._passes.before(every, batch.mask.shape, with_mean_pull=compares)
         state = _Step(
+            number=step,
             batch=batch,
             plans=plans,
             micro_batches=micro_batches,
-            inputs=self._inputs(batch, before["logprob"], step),
-            table=TokenTable(("target", "selected", "clamped"), batch.mask.shape, self._ranks),
+            inputs=self._inputs(batch, every, before, step),
+            table=TokenTable(DURING, batch.mask.shape, self._ranks),
         )
         updates = [self._update(state, number) for number in range(len(plans))]
         during = state.table.share()
-        record = self._record(state, before, during)
-        self._control(during["clamped"], state.inputs.mask)
+        after = None
+        if compares:
+            after = self._passes.statistics(["entropy"], every, batch.mask.shape)["entropy"]
+        record = self._record(state, before, during, after)
+        self._control(during, state.inputs.mask)
         return step_report(batch, record, updates, self._config.policy_loss)
 
     def _plan(self, batch: Batch, rows: Sequence[int]) -> Plan:
@@ -145,121 +111,129 @@ class Trainer:
         mine = plan[self._ranks.rank]
         return tuple(collate(batch, rows).to(self._ranks.device) for rows in mine)
 
-    def _inputs(self, batch: Batch, proximal_logprobs: Tensor, step: int) -> TokenInputs:
+    def _inputs(
+        self,
+        batch: Batch,
+        micro_batches: Sequence[MicroBatch],
+        before: dict[str, Tensor],
+        step: int,
+    ) -> TokenInputs:
         device = self._ranks.device
-        keys = selection_keys(batch, seed=self._config.run.seed, step=step)
+        mask, logprobs = batch.mask.to(device), before["logprob"]
+        advantages = shape_advantages(
+            batch.advantages.to(device),
+            mask,
+            logprobs,
+            [row.group for row in batch.rows],
+            config=self._config.advantage,
+        )
+        reference = None
+        if self._objective.has_reference:
+            reference = self._passes.reference_logprobs(micro_batches, mask.shape)
         return TokenInputs(
-            mask=batch.mask.to(device),
-            advantages=batch.advantages.to(device),
+            mask=mask,
+            advantages=advantages,
             behaviour_logprobs=batch.behaviour_logprobs.to(device),
-            proximal_logprobs=proximal_logprobs,
-            keys=keys.to(device),
+            proximal_logprobs=logprobs,
+            proximal_entropy=before["entropy"],
+            staleness=batch.staleness.to(device),
+            keys=selection_keys(batch, seed=self._config.run.seed, step=step).to(device),
+            reference_logprobs=reference,
         )
 
-    def _measure(
-        self,
-        shape: torch.Size,
-        micro_batches: Iterable[MicroBatch],
-        *,
-        temperature: float,
-        clamp_p: float | None = None,
-    ) -> dict[str, Tensor]:
-        """Statistics of the current weights, [R, C] each, of all ranks, without gradient."""
-        names = WHOLE if clamp_p is None else TokenStatistics._fields
-        table = TokenTable(names, shape, self._ranks)
-        with torch.no_grad():
-            for micro_batch in micro_batches:
-                statistics = self._model.forward(
-                    micro_batch, temperature=temperature, clamp_p=clamp_p
-                )
-                if micro_batch.rows:
-                    for name in names:
-                        table.put(name, micro_batch, getattr(statistics, name))
-        return table.share()
-
-    def _measure_all(
-        self, batch: Batch, micro_batches: Sequence[Sequence[MicroBatch]]
-    ) -> dict[str, Tensor]:
-        """Statistics before the update, and `natural_entropy`, that at temperature 1.
-
-        In the micro-batches of the training passes, so that on policy the ratio is exactly 1.
-        """
-        every = [each for minibatch in micro_batches for each in minibatch]
-        clamp_p = self._objective.clamp_p
-        shape, temperature = batch.mask.shape, self._temperature
-        measured = self._measure(shape, every, temperature=temperature, clamp_p=clamp_p)
-        natural = measured
-        if temperature != 1.0:
-            natural = self._measure(shape, every, temperature=1.0)
-        return {**measured, "natural_entropy": natural["entropy"]}
+    def _compares_entropy(self, step: int) -> bool:
+        every = self._config.diagnostics.entropy_change_every_steps
+        return every > 0 and step % every == 0
 
     def _update(self, state: _Step, number: int) -> Update:
-        """One optimiser mini-batch: select, accumulate over micro-batches and ranks, step."""
-        chosen = self._select(state, number)
+        """One optimiser mini-batch: choose, accumulate over micro-batches and ranks, step."""
+        first = self._forward_early(state, number)
+        choice = self._choose(state, number, first)
         totals = Totals.of(state.inputs.mask[list(state.batch.minibatches[number])])
-        sums = torch.zeros(3, dtype=torch.float64, device=self._ranks.device)
+        sums = torch.zeros(4, dtype=torch.float64, device=self._ranks.device)
         micro_batches = state.micro_batches[number]
         for place, micro_batch in enumerate(micro_batches, start=1):
-            loss = self._micro_loss(state, micro_batch, chosen, totals, sums)
+            statistics = self._forward(micro_batch) if first is None else first
+            loss = self._micro_loss(state, micro_batch, statistics, choice, totals, sums)
             self._model.accumulate(loss, is_last=place == len(micro_batches))
         self._ranks.sum_in_place(sums)
-        policy_loss, entropy_loss, num_broken = sums.tolist()
+        policy_loss, entropy_loss, reference_loss, num_broken = sums.tolist()
         taken = self._model.step()
         has_term = self._objective.has_entropy_term
         return Update(
             policy_loss=policy_loss if num_broken == 0 else math.nan,
             entropy_loss=entropy_loss if has_term else None,
-            entropy_coefficient=self._coefficient() if has_term else None,
+            entropy_coefficient=self.coefficient.at(state.number) if has_term else None,
+            reference_loss=reference_loss if self._objective.has_reference else None,
             grad_norm=taken.grad_norm,
             learning_rate=taken.learning_rate,
             has_finite_loss=num_broken == 0,
             is_applied=taken.is_applied,
         )
 
-    def _select(self, state: _Step, number: int) -> Tensor | None:
-        """[R, C] bool, within the mini-batch; None where micro-batches select by themselves.
+    def _forward(self, micro_batch: MicroBatch) -> TokenStatistics:
+        """The training pass."""
+        return self._model.forward(
+            micro_batch, temperature=self._temperature, clamp_p=self._objective.clamp_p
+        )
+
+    def _forward_early(self, state: _Step, number: int) -> TokenStatistics | None:
+        """The training pass before the choice, where that spares a pass of its own.
+
+        A choice over the whole mini-batch by the current weights needs every log-prob before the
+        first loss. Where each rank holds its share in one micro-batch, the training pass can
+        give them.
+        """
+        needed = number > 0 and self._chooses_by_new_weights
+        micro_batches = state.micro_batches[number]
+        return self._forward(micro_batches[0]) if needed and len(micro_batches) == 1 else None
+
+    @property
+    def _chooses_by_new_weights(self) -> bool:
+        return self._objective.chooses_globally and self._objective.chooses_by_current
+
+    def _choose(self, state: _Step, number: int, first: TokenStatistics | None) -> Choice | None:
+        """[R, C], within the mini-batch; None where micro-batches choose by themselves.
 
         The first mini-batch meets the weights that were measured before; for the others they
         have moved, and are measured again.
         """
-        if not self._objective.selects_globally:
+        if not self._objective.chooses_globally:
             return None
         rows, mask = list(state.batch.minibatches[number]), state.inputs.mask
-        logprobs = state.inputs.proximal_logprobs
-        if number > 0:
-            micro_batches = state.micro_batches[number]
-            measured = self._measure(mask.shape, micro_batches, temperature=self._temperature)
-            logprobs = measured["logprob"]
-        chosen = torch.zeros_like(mask)
         inputs = state.inputs.rows(rows, mask.shape[1])
-        chosen[rows] = self._objective.select(logprobs[rows], inputs)
-        return chosen
+        logprobs, entropy = inputs.proximal_logprobs, inputs.proximal_entropy
+        if number > 0 and self._chooses_by_new_weights:
+            measured = self._passes.statistics(
+                ["logprob", "entropy"], state.micro_batches[number], mask.shape, known=first
+            )
+            logprobs, entropy = measured["logprob"][rows], measured["entropy"][rows]
+        choice = self._objective.choose(logprobs, entropy, inputs)
+        return Choice(*(None if each is None else _placed(each, rows, mask) for each in choice))
 
     def _micro_loss(
         self,
         state: _Step,
         micro_batch: MicroBatch,
-        chosen: Tensor | None,
+        statistics: TokenStatistics,
+        choice: Choice | None,
         totals: Totals,
         sums: Tensor,
     ) -> Tensor:
-        """The micro-batch's share of the loss; adds to sums (policy, entropy, broken).
+        """The micro-batch's share of the loss; adds to sums (policy, entropy, reference, broken).
 
         A loss that is not finite is replaced by one whose every gradient is NaN: whatever the
         ZeRO stage, and on whichever rank it was, the step is then refused on all of them.
         """
-        statistics = self._model.forward(
-            micro_batch, temperature=self._temperature, clamp_p=self._objective.clamp_p
-        )
         if not micro_batch.rows:
             return self._objective.stand_in(statistics, 0.0)
-        loss = self._loss(state, micro_batch, statistics, chosen, totals)
+        loss = self._loss(state, micro_batch, statistics, choice, totals)
         if not bool(loss.total.isfinite()):
-            sums[2] += 1
+            sums[3] += 1
             return self._objective.stand_in(statistics, math.nan)
-        sums[0] += loss.policy
-        if loss.entropy is not None:
-            sums[1] += loss.entropy
+        for place, part in enumerate((loss.policy, loss.entropy, loss.reference)):
+            if part is not None:
+                sums[place] += part
         return loss.total
 
     def _loss(
@@ -267,90 +241,94 @@ class Trainer:
         state: _Step,
         micro_batch: MicroBatch,
         statistics: TokenStatistics,
-        chosen: Tensor | None,
+        choice: Choice | None,
         totals: Totals,
     ) -> Loss:
         """The objective on a micro-batch; what the training pass saw goes to the table."""
         rows, width = list(micro_batch.rows), micro_batch.mask.shape[1]
         inputs = state.inputs.rows(rows, width)
         spread = _spread(micro_batch, statistics)
-        selected = None if chosen is None else chosen[rows, :width]
-        if self._objective.selects and selected is None:
-            selected = self._objective.select(spread.logprob, inputs)
-        if selected is not None:
-            state.table.put("selected", micro_batch, selected[micro_batch.mask])
-        state.table.put("target", micro_batch, statistics.logprob)
-        if statistics.clamped_entropy is not None:
-            state.table.put("clamped", micro_batch, statistics.clamped_entropy)
+        if choice is not None:
+            mine = choice.rows(rows, width)
+        elif self._objective.chooses_by_current:
+            mine = self._objective.choose(spread.logprob, spread.entropy, inputs)
+        else:
+            mine = self._objective.choose(inputs.proximal_logprobs, inputs.proximal_entropy, inputs)
+        seen = {
+            "target": spread.logprob,
+            "entropy": spread.entropy,
+            "clamped": spread.clamped_entropy,
+            "selected": mine.selected,
+            "kept": mine.kept,
+        }
+        for name, values in seen.items():
+            if values is not None:
+                state.table.put(name, micro_batch, values[micro_batch.mask])
         return self._objective.loss(
-            spread, inputs, selected, totals=totals, coefficient=self._coefficient()
+            spread, inputs, mine, totals=totals, coefficient=self.coefficient.at(state.number)
         )
 
-    def _coefficient(self) -> float:
-        if self.controller is None:
-            return self._config.entropy.entropy_coeff
-        return self.controller.coefficient
-
-    def _control(self, clamped_entropy: Tensor, mask: Tensor) -> None:
-        """Show the controller the clamped entropy of all tokens of the step."""
-        if self.controller is None:
-            return
-        entropy = float(clamped_entropy[mask].double().mean())
-        if math.isfinite(entropy):
-            self.controller.update(entropy)
+    def _control(self, during: dict[str, Tensor], mask: Tensor) -> None:
+        """Show the controller the entropies of all tokens of the step."""
+        entropy, clamped = (
+            float(during[name][mask].double().mean()) for name in ("entropy", "clamped")
+        )
+        self.coefficient.observe(entropy=entropy, clamped_entropy=clamped)
 
     def _quota(self, state: _Step) -> int:
         """Tokens that the selections of a step, on all ranks, may select together."""
         if not self._objective.selects:
             return 0
         scopes: list[Sequence[int]] = list(state.batch.minibatches)
-        if not self._objective.selects_globally:
+        if not self._objective.chooses_globally:
             scopes = [rows for plan in state.plans for mine in plan for rows in mine if rows]
         mask = state.batch.mask
         return sum(self._objective.quota(int(mask[list(rows)].sum())) for rows in scopes)
 
     def _record(
-        self, state: _Step, before: dict[str, Tensor], during: dict[str, Tensor]
+        self,
+        state: _Step,
+        before: dict[str, Tensor],
+        during: dict[str, Tensor],
+        entropy_after: Tensor | None,
     ) -> TokenRecord:
-        objective, inputs = self._objective, state.inputs
-        clipped = objective.clipped(during["target"], inputs) if objective.is_clipped else None
+        objective, target = self._objective, during["target"]
+        inputs = objective.anchored(target, state.inputs)
+        ratio_kept = None
+        if objective.clips_entropy_ratio:
+            ratio_kept = objective.entropy_ratio_kept(during["entropy"], inputs)
         return TokenRecord(
             mask=inputs.mask,
             advantages=inputs.advantages,
             behaviour_logprobs=inputs.behaviour_logprobs,
             entropy=before["natural_entropy"],
+            measured_logprobs=before["logprob"],
             proximal_logprobs=inputs.proximal_logprobs,
-            target_logprobs=during["target"],
+            target_logprobs=target,
+            entropy_before=before["entropy"],
+            entropy_after=entropy_after,
+            mean_pull=before.get("mean_pull"),
             clamped_entropy=before.get("clamped_entropy"),
             removed_mass=before.get("removed_mass"),
+            reference_logprobs=inputs.reference_logprobs,
             weights=objective.weights(inputs) if objective.is_weighted else None,
-            clipped=clipped,
+            clipped=objective.clipped(target, inputs) if objective.is_clipped else None,
             selected=during["selected"].bool() if objective.selects else None,
+            kept=during["kept"].bool() if objective.keeps_top else None,
+            entropy_ratio_kept=ratio_kept,
             quota=self._quota(state),
         )
 
 
+def _placed(values: Tensor, rows: list[int], mask: Tensor) -> Tensor:
+    """The values at these rows of [R, C], False elsewhere."""
+    placed = torch.zeros_like(mask)
+    placed[rows] = values
+    return placed
+
+
 def _spread(micro_batch: MicroBatch, statistics: TokenStatistics) -> TokenStatistics:
     """[N] to [B, C] each."""
-    logprob, entropy, clamped, removed = statistics
     return TokenStatistics(
-        logprob=micro_batch.spread(logprob),
-        entropy=micro_batch.spread(entropy),
-        clamped_entropy=None if clamped is None else micro_batch.spread(clamped),
-        removed_mass=None if removed is None else micro_batch.spread(removed),
-    )
-
-
-def _controller(config: RunConfig) -> AEntController | None:
-    if config.entropy.method != "aent":
-        return None
-    band = config.adaptive_entropy
-    return AEntController(
-        initial=config.entropy.entropy_coeff,
-        step_size=band.entropy_coeff_lr,
-        entropy_low=band.entropy_low,
-        entropy_high=band.entropy_high,
-        coefficient_min=band.clip_low,
-        coefficient_max=band.clip_high,
-        warmup_steps=band.warmup,
+        *(None if each is None else micro_batch.spread(each) for each in statistics)  # type: ignore[arg-type]
     )

@@ -4,7 +4,19 @@ Importing this package loads neither torch nor vllm, so `--help` and a config ch
 """
 
 from shared.config.environment import Environment
-from shared.config.load import load_run, parse_run
+from shared.config.load import (
+    load_run,
+    load_run_with_notices,
+    parse_run,
+    parse_run_with_notices,
+)
 from shared.config.run import RunConfig
 
-__all__ = ["Environment", "RunConfig", "load_run", "parse_run"]
+__all__ = [
+    "Environment",
+    "RunConfig",
+    "load_run",
+    "load_run_with_notices",
+    "parse_run",
+    "parse_run_with_notices",
+]

@@ -11,8 +11,13 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from shared.config.aliases import read_aliases
+from shared.config.notices import notices
 from shared.config.run import RunConfig
 from shared.errors import ConfigError
+
+Notices = tuple[str, ...]
+"""Lines worth a look before the run starts: foreign spellings, unusual choices."""
 
 
 def load_run(path: Path) -> RunConfig:
@@ -21,6 +26,15 @@ def load_run(path: Path) -> RunConfig:
     Raises:
         ConfigError: unreadable, not TOML, or refused; one line naming key, value and remedy.
     """
+    return load_run_with_notices(path)[0]
+
+
+def load_run_with_notices(path: Path) -> tuple[RunConfig, Notices]:
+    """As `load_run`, with what a person should be told about the file.
+
+    Raises:
+        ConfigError: as `load_run`.
+    """
     try:
         text = path.read_text("utf8")
     except (OSError, UnicodeDecodeError) as error:
@@ -28,7 +42,7 @@ def load_run(path: Path) -> RunConfig:
             f"{path}: cannot be read ({error}); give the path of a run file"
         ) from None
     try:
-        return parse_run(text)
+        return parse_run_with_notices(text)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -39,14 +53,25 @@ def parse_run(text: str) -> RunConfig:
     Raises:
         ConfigError: as `load_run`.
     """
+    return parse_run_with_notices(text)[0]
+
+
+def parse_run_with_notices(text: str) -> tuple[RunConfig, Notices]:
+    """As `parse_run`, with what a person should be told about the file.
+
+    Raises:
+        ConfigError: as `load_run`.
+    """
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"not TOML: {error}") from None
+    ours, readings = read_aliases(document, sections=frozenset(RunConfig.model_fields))
     try:
-        return RunConfig.model_validate(document)
+        config = RunConfig.model_validate(ours)
     except ValidationError as error:
         raise ConfigError(_explain(error.errors()[0])) from None
+    return config, readings + notices(config)
 
 
 def _explain(error: ErrorDetails) -> str:

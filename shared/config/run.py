@@ -11,10 +11,16 @@ from pydantic import Field, model_validator
 from shared.config.algorithm import (
     AdaptiveEntropyConfig,
     AdvantageConfig,
+    DiagnosticsConfig,
     EntropyConfig,
+    LawConfig,
     OffPolicyConfig,
+    PiEntropyConfig,
     PolicyLossConfig,
+    ReferenceKLConfig,
+    TargetEntropyConfig,
 )
+from shared.config.entropy import SECTION_OF_METHOD
 from shared.config.section import Count, Index, Section
 from shared.config.services import (
     CheckpointConfig,
@@ -58,6 +64,9 @@ class RunConfig(Section):
     policy_loss: PolicyLossConfig = PolicyLossConfig()
     entropy: EntropyConfig = EntropyConfig()
     adaptive_entropy: AdaptiveEntropyConfig = AdaptiveEntropyConfig()
+    target_entropy: TargetEntropyConfig = TargetEntropyConfig()
+    pi_entropy: PiEntropyConfig = PiEntropyConfig()
+    reference_kl: ReferenceKLConfig = ReferenceKLConfig()
     off_policy: OffPolicyConfig = OffPolicyConfig()
     rollout: RolloutConfig = RolloutConfig()
     verifier: VerifierConfig = VerifierConfig()
@@ -67,6 +76,8 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     redis: RedisConfig = RedisConfig()
     network: NetworkConfig = NetworkConfig()
+    diagnostics: DiagnosticsConfig = DiagnosticsConfig()
+    law: LawConfig = LawConfig()
 
     @property
     def model_path(self) -> str:
@@ -102,12 +113,19 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _groups_can_be_compared(self) -> Self:
-        if self.rollout.group_size == 1:
-            raise ValueError(
-                f"rollout.group_size = 1: {self.advantage.estimator} compares completions of one"
-                " prompt; use at least 2"
-            )
-        return self
+        if self.rollout.group_size > 1:
+            return self
+        advantage = self.advantage
+        chosen: str = advantage.estimator
+        if advantage.dynamic_sampling:
+            chosen = "dynamic_sampling"
+        elif advantage.ppl_alpha > 0:
+            chosen = "ppl_alpha"
+        elif advantage.estimator == "reinforce_plus_plus":
+            return self
+        raise ValueError(
+            f"rollout.group_size = 1: {chosen} compares completions of one prompt; use at least 2"
+        )
 
     @model_validator(mode="after")
     def _a_prompt_has_room(self) -> Self:
@@ -115,6 +133,17 @@ class RunConfig(Section):
             raise ValueError(
                 f"rollout.max_completion_tokens = {self.rollout.max_completion_tokens}: leaves no"
                 f" room for a prompt in model.max_length = {self.model.max_length}; lower it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_overlong_buffer_leaves_room(self) -> Self:
+        buffer, most = self.advantage.overlong_buffer_len, self.rollout.max_completion_tokens
+        if buffer >= most:
+            raise ValueError(
+                f"advantage.overlong_buffer_len = {buffer}: must be below"
+                f" rollout.max_completion_tokens = {most}, or every completion is too long; lower"
+                " it"
             )
         return self
 
@@ -136,11 +165,34 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _aent_starts_inside_its_box(self) -> Self:
-        band, coefficient = self.adaptive_entropy, self.entropy.entropy_coeff
-        if self.entropy.method == "aent" and not band.clip_low <= coefficient <= band.clip_high:
+    def _every_controller_controls(self) -> Self:
+        for method, section in SECTION_OF_METHOD.items():
+            if section in self.model_fields_set and self.entropy.method != method:
+                raise ValueError(
+                    f'entropy.method = "{self.entropy.method}": [{section}] has no effect with it;'
+                    f' set method = "{method}" or leave the section out'
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _the_coefficient_starts_inside_its_box(self) -> Self:
+        coefficient = self.entropy.entropy_coeff
+        band, target = self.adaptive_entropy, self.target_entropy
+        boxes = {
+            "aent": ("AEnt", "adaptive_entropy.clip_low, clip_high", band.clip_low, band.clip_high),
+            "target": (
+                "the controller",
+                "target_entropy.coeff_min, coeff_max",
+                target.coeff_min,
+                target.coeff_max,
+            ),
+        }
+        if self.entropy.method not in boxes:
+            return self
+        who, keys, low, high = boxes[self.entropy.method]
+        if not low <= coefficient <= high:
             raise ValueError(
-                f"entropy.entropy_coeff = {coefficient}: AEnt starts inside"
-                f" [adaptive_entropy.clip_low, clip_high] = [{band.clip_low}, {band.clip_high}]"
+                f"entropy.entropy_coeff = {coefficient}: {who} starts inside"
+                f" [{keys}] = [{low}, {high}]"
             )
         return self

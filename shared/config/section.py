@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+from collections.abc import Iterable
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -27,5 +29,30 @@ Seconds = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 """A share between 0 and 1; never a percentage."""
 
+Nats = Annotated[float, Field(ge=0)]
+"""An entropy."""
+
 Port = Annotated[int, Field(ge=0, le=65535)]
 """A TCP port; 0 takes a free one."""
+
+
+def spelled(value: Any) -> str:
+    """The value as the run file spells it."""
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def refuse_idle(section: Section, path: str, keys: Iterable[str], *, choice: str) -> None:
+    """Refuse keys that the run file sets and nothing reads.
+
+    Args:
+        path: of the section, for the message.
+        choice: the `key = value` that leaves them idle.
+    Raises:
+        ValueError: names the first of them.
+    """
+    for key in keys:
+        if key in section.model_fields_set:
+            raise ValueError(
+                f"{path}.{key} = {spelled(getattr(section, key))}: has no effect with {choice};"
+                " leave it out"
+            )

@@ -33,6 +33,70 @@ def test_check_tells_the_main_choices(capsys: pytest.CaptureFixture[str]) -> Non
         assert part in output
 
 
+def test_check_and_up_say_what_was_read_as_something_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(RUN_FILE + "[actor]\nclip_ratio_high = 0.28\n")
+    notice = "notice: actor.clip_ratio_high = 0.28: read as policy_loss.clip_ratio_high = 0.28\n"
+    assert main(["check", str(file)]) == 0
+    output = capsys.readouterr().out
+    assert output.endswith(notice)
+    assert "clip 0.8 to 1.28" in output
+    assert main(["up", str(file)]) == 1
+    said = capsys.readouterr()
+    assert said.out == notice
+    assert said.err.startswith("error: model.path = 'none'")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", ["no entropy term", "grpo, vanilla (clip 0.8 to 1.2), token-mean", "truncate\n"]),
+        ('[policy_loss]\nloss_mode = "gspo"\n', ["gspo (clip 0.9997 to 1.0004), seq-mean-token"]),
+        ('[policy_loss]\nloss_mode = "unclipped"\n', ["unclipped (no clip)"]),
+        ('[policy_loss]\nloss_mode = "kl_cov"\n', ["kl_cov (share 0.0002, coefficient 1)"]),
+        (
+            "[policy_loss]\ntop_entropy_quantile = 0.2\nentropy_ratio_clip_low = 0.05\n"
+            "entropy_ratio_clip_high = 0.05\n[reference_kl]\ncoef = 0.001\n",
+            ["top 0.2 of tokens by entropy", "entropy ratio 0.95 to 1.05", "KL 0.001 (k3)"],
+        ),
+        (
+            "[advantage]\ndynamic_sampling = true\noverlong_buffer_len = 64\nppl_alpha = 0.01\n"
+            'position_gamma = 0.1\n[off_policy]\nproximal = "interpolated"\n',
+            [
+                "dynamic sampling, overlong buffer 64 tokens",
+                "perplexity shaping 0.01, position shaping 0.1",
+                "proximal interpolated",
+            ],
+        ),
+        ('[entropy]\nmethod = "bonus"\nentropy_coeff = 0.01\n', ["bonus, coefficient 0.01\n"]),
+        (
+            '[entropy]\nmethod = "bonus"\nentropy_coeff = 0.01\nschedule = "cosine"\n'
+            "entropy_coeff_end = 0.0\n",
+            ["bonus, coefficient 0.01 to 0, cosine over 3 steps"],
+        ),
+        (
+            '[entropy]\nmethod = "target"\n',
+            ["target 0.2 nats, coefficient 0 to 0.005 in steps of 0.0001"],
+        ),
+        (
+            '[entropy]\nmethod = "pi"\n',
+            ["pi, entropy held at 0.2 nats, gains 1 and 0.01"],
+        ),
+    ],
+)
+def test_check_tells_every_choice_that_decides_what_is_learned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, parts: list[str]
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(RUN_FILE + text)
+    assert main(["check", str(file)]) == 0
+    output = capsys.readouterr().out
+    for part in parts:
+        assert part in output
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from services.cli.measurements import RowReader
 from services.cli.observer import LearnerView, ServiceView, View
-from services.cli.progress import PlainProgress, dashboard, eta_seconds, sparkline
+from services.cli.progress import PlainProgress, dashboard, eta_seconds, sparkline, step_line
 from services.cli.words import duration
 from shared.lease import Member, Role
 
@@ -82,6 +82,53 @@ def test_the_dashboard_shows_everything_and_fits_a_narrow_terminal() -> None:
                  "waits for 3 groups", "▁"):  # fmt: skip
         assert part in text, part
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_the_entropy_law_is_shown_with_its_interval_or_as_not_identifiable_yet() -> None:
+    known = {"law_points": 2.0, "law_a": None, "entropy_consumed": 0.42, "entropy_rate": -2e-3}
+    early = [*run_rows(4), {"step": 4, **known, "law_steps_left": 55.4}]
+    text = drawn(early)
+    assert "42 %" in text and "floor: about 55 steps at -0.002 nats a step" in text
+    assert "law not identifiable yet (2 points)" in text
+    numbers = {
+        "law_a": 0.4,
+        "law_b": 1.1,
+        "law_ceiling": 0.7,
+        "law_score_at_floor": 0.69,
+        "law_floor": 0.02,
+    }
+    bounds = {"law_ceiling_low": 0.655, "law_ceiling_high": 0.745, "law_gain_left": 0.05}
+    late = [*early, {"step": 5, **known, **numbers, **bounds, "law_steps_left": None}]
+    text = drawn(late)
+    for part in ("0.700", "95 % interval 0.655 to 0.745", "0.690", "+0.050 from now"):
+        assert part in text, part
+    assert "law not identifiable" not in text
+    assert "none" in drawn([*late, {**late[-1], "law_a": -0.4}])
+
+
+def test_a_plain_line_tells_where_the_law_stands() -> None:
+    row = {**run_rows(5)[-1], "law_points": 1.0, "law_a": None, "entropy_consumed": 0.1}
+    line = step_line([row], View(None, (), [row]), 9)
+    assert "consumed 10 %  law not identifiable yet (1 point)" in line
+    row |= {
+        "law_a": 0.4,
+        "law_b": 1.1,
+        "law_ceiling": 0.7,
+        "law_score_at_floor": 0.69,
+        "law_floor": 0.02,
+    }
+    row |= {"law_ceiling_low": 0.655, "law_ceiling_high": 0.745, "law_steps_left": 80.0}
+    line = step_line([row], View(None, (), [row]), 9)
+    assert "ceiling 0.700 (95 %: 0.655 to 0.745)  at the floor 0.690  80 steps to the floor" in line
+    assert line.isascii()
+    assert "law" not in step_line(run_rows(2), View(None, (), []), 9)
+
+
+def drawn(rows: list[dict[str, Any]]) -> str:
+    console = Console(file=io.StringIO(), width=100, force_terminal=False)
+    console.print(dashboard(View(LEARNER, (), rows), "demo-1", 100, 65.0))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
 
 
 def test_an_empty_view_is_shown_too() -> None:

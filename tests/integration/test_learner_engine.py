@@ -14,16 +14,21 @@ import sys
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from services.learner.batch import MicroBatch, build_batch, collate
 from services.learner.engine import LearnerEngine
+from services.learner.passes import TrainedModel
 from services.learner.policy import Policy
+from services.learner.ranks import Ranks
 from shared.config import Environment, RunConfig
 from shared.errors import CheckpointError, ConfigError, StartError
 from shared.records import (
@@ -36,6 +41,15 @@ from shared.records import (
     Score,
     ScoredGroup,
     VersionRun,
+)
+from tests.learner.fakes import (
+    ONE_RANK,
+    PlainModel,
+    RecordingTrainer,
+    make_trainer,
+    sampled_groups,
+    train_steps,
+    weights_of,
 )
 
 pytestmark = pytest.mark.integration
@@ -365,13 +379,18 @@ def test_only_what_applies_is_measured(model: Path) -> None:
     after = engine.train(scored_groups(1), step=1, policy_version=1)
     engine.close()
     assert plain.histograms == {"staleness": [(1, 23)]}
+    assert sum(plain.profiles["entropy_histogram"]) == plain.metrics["tokens"]
+    assert len(plain.profiles["entropy_by_position"]) == 10
     assert rich.metrics.keys() - plain.metrics.keys() == {
         "entropy_clamped",
+        "entropy_clamped_seq_mean",
         "entropy_removed_mass",
         "entropy_coefficient",
         "entropy_loss",
         "selected_tokens",
         "selected_quota",
+        "selected_fraction",
+        "selected_abs_advantage_mean",
         "selected_negative_advantage_fraction",
         "selected_probability_mean",
     }
@@ -440,8 +459,179 @@ def test_the_learning_rate_warms_up_and_stays(model: Path) -> None:
 
 RESUMED: dict[str, Any] = {
     "entropy": {"method": "aent", "entropy_coeff": 0.002},
-    "policy_loss": {"loss_mode": "clip_cov", "clip_cov_ratio": 0.02},
+    "policy_loss": {
+        "loss_mode": "clip_cov",
+        "clip_cov_ratio": 0.02,
+        "clip_cov_lb": 0.1,
+        "top_entropy_quantile": 0.7,
+    },
+    "reference_kl": {"coef": 0.1},
 }
+
+
+@pytest.fixture(scope="module")
+def chosen_in_small_micro_batches(wide_model: Path) -> Weights:
+    return trained(run_config(learner={"micro_batch_tokens": 30}, **RESUMED), wide_model)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_training_pass_may_measure_for_the_choice_at_every_zero_stage(
+    stage: int, wide_model: Path, chosen_in_small_micro_batches: Weights
+) -> None:
+    learner = {"zero_stage": stage, "micro_batch_tokens": 100_000}
+    weights = trained(run_config(learner=learner, **RESUMED), wide_model)
+    assert distance(weights, chosen_in_small_micro_batches) < 1e-5
+
+
+def reference_config(stage: int, coefficient: float) -> RunConfig:
+    return run_config(
+        learner={"zero_stage": stage, "learning_rate": 3e-3, "optimizer_steps_per_batch": 1},
+        reference_kl={"coef": coefficient},
+    )
+
+
+def distances_to_start(engine: LearnerEngine, steps: Sequence[int]) -> list[float]:
+    return [
+        engine.train(scored_groups(0), step=step, policy_version=step).metrics["reference_kl"]
+        for step in steps
+    ]
+
+
+@pytest.fixture(scope="module")
+def distances_without_zero(wide_model: Path) -> list[float]:
+    engine = LearnerEngine.start(reference_config(0, 0.01), str(wide_model), ALONE)
+    try:
+        return distances_to_start(engine, range(4))
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_reference_is_the_start_s_model_also_after_a_resume(
+    stage: int, wide_model: Path, tmp_path: Path, distances_without_zero: list[float]
+) -> None:
+    config = reference_config(stage, 0.01)
+    engine = LearnerEngine.start(config, str(wide_model), ALONE)
+    before = distances_to_start(engine, range(2))
+    engine.save(tmp_path)
+    engine.close()
+    engine = LearnerEngine.start(config, str(wide_model), ALONE)
+    engine.load(tmp_path)
+    after = distances_to_start(engine, range(2, 4))
+    engine.close()
+    assert [*before, *after] == pytest.approx(distances_without_zero, rel=1e-2, abs=1e-9)
+    assert before[0] == pytest.approx(0, abs=1e-9)
+    assert 1e-5 < before[1] < after[0] < after[1]
+
+
+def test_the_reference_s_coefficient_pulls_the_policy_back(model: Path) -> None:
+    ends = []
+    for coefficient in (1e-6, 3.0):
+        engine = LearnerEngine.start(reference_config(0, coefficient), str(model), ALONE)
+        ends.append(distances_to_start(engine, range(6))[-1])
+        engine.close()
+    assert ends[1] < 0.5 * ends[0]
+
+
+def test_the_measured_change_of_the_entropy_is_that_between_two_measurements(model: Path) -> None:
+    config = run_config(
+        learner={"learning_rate": 3e-3}, diagnostics={"entropy_change_every_steps": 1}
+    )
+    engine = LearnerEngine.start(config, str(model), ALONE)
+    metrics = [
+        engine.train(scored_groups(0), step=step, policy_version=step).metrics for step in range(3)
+    ]
+    engine.close()
+    for earlier, later in pairwise(metrics):
+        difference = later["entropy"] - earlier["entropy"]
+        assert earlier["entropy_change_measured"] == pytest.approx(difference, abs=1e-6)
+        assert abs(difference) > 1e-4
+
+
+def sampled_by(policy: Policy, seed: int) -> list[ScoredGroup]:
+    """Ten tokens a completion by the policy itself; the reward is the share of odd ones."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = []
+    for group in scored_groups(seed):
+        prompt = list(group.rollout.prompt.prompt_token_ids)
+        token_ids, reported = torch.tensor([prompt] * 6), []
+        for _ in range(10):
+            with torch.no_grad():
+                logprobs = policy.model(token_ids).logits[:, -1].log_softmax(-1)
+            drawn = torch.multinomial(logprobs.exp(), 1, generator=generator)
+            reported.append(logprobs.gather(-1, drawn))
+            token_ids = torch.cat([token_ids, drawn], dim=1)
+        drawn_ids = token_ids[:, len(prompt) :]
+        completions = tuple(
+            Completion(array("I", ids), array("f", values), (VersionRun(0, 10),), False)
+            for ids, values in zip(
+                drawn_ids.tolist(), torch.cat(reported, dim=1).tolist(), strict=True
+            )
+        )
+        rewards = (drawn_ids % 2).double().mean(-1).tolist()
+        scores = tuple(Score(Outcome.FAIL, reward, "") for reward in rewards)
+        rollout = replace(group.rollout, completions=completions)
+        groups.append(ScoredGroup(rollout, scores, "verifier", 0.0))
+    return groups
+
+
+def test_on_policy_the_predicted_changes_of_the_entropy_have_its_sign_in_most_steps(
+    model: Path,
+) -> None:
+    config = run_config(
+        learner={"optimizer_steps_per_batch": 1, "micro_batch_tokens": 100_000},
+        policy_loss={"loss_mode": "unclipped"},
+        off_policy={"method": "none"},
+        diagnostics={"entropy_change_every_steps": 1},
+    )
+    policy = Policy.load(str(model), dtype=torch.float32, chunk=1024)
+    descent = torch.optim.SGD(policy.parameters(), lr=3e-3)
+    trainer = RecordingTrainer(config, PlainModel(policy, descent, max_grad_norm=1e9))
+    metrics = [
+        train_steps(trainer, [sampled_by(policy, step)], first_step=step)[0].metrics
+        for step in range(1, 21)
+    ]
+    measured = torch.tensor([each["entropy_change_measured"] for each in metrics])
+    for name in ("influence", "npg", "pg"):
+        predicted = torch.tensor([each[f"entropy_change_predicted_{name}"] for each in metrics])
+        assert int((measured * predicted > 0).sum()) >= 15, name
+        assert float(torch.corrcoef(torch.stack([measured, predicted]))[0, 1]) > 0.5, name
+
+
+def exercise(model: TrainedModel, micro_batches: list[MicroBatch]) -> list[Tensor]:
+    """All that can be seen of a `TrainedModel` over three updates, the second refused."""
+    seen: list[Tensor] = []
+    for scale in (1.0, float("nan"), 1.0):
+        for place, each in enumerate(micro_batches, start=1):
+            measured = model.forward(each, temperature=0.8, clamp_p=0.3, with_mean_pull=True)
+            seen += [value.detach().clone() for value in measured if value is not None]
+            seen.append(model.reference_logprobs(each, temperature=0.8).detach().clone())
+            assert measured.clamped_entropy is not None
+            loss = (measured.logprob + measured.entropy - measured.clamped_entropy).sum() * scale
+            model.accumulate(loss, is_last=place == len(micro_batches))
+        taken = model.step()
+        assert taken.is_applied == (scale == 1.0)
+        seen.append(torch.tensor([taken.learning_rate, taken.grad_norm if scale == 1.0 else 0.0]))
+    bare = model.forward(micro_batches[0], temperature=1.0)
+    assert bare.clamped_entropy is bare.removed_mass is bare.mean_pull is None
+    return [*seen, bare.logprob.detach(), bare.entropy.detach()]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_plain_model_of_the_unit_tests_does_what_the_one_on_deepspeed_does(
+    stage: int, wide_model: Path
+) -> None:
+    config = reference_config(stage, 0.1)
+    batch = build_batch(scored_groups(0), config, policy_version=0)
+    micro_batches = [collate(batch, range(9)), collate(batch, range(9, 23))]
+    engine = LearnerEngine.start(config, str(wide_model), ALONE)
+    on_deepspeed = exercise(engine._trainer._model, micro_batches)
+    engine.close()
+    policy = Policy.load(str(wide_model), dtype=torch.float32, chunk=1024)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    plain = exercise(PlainModel(policy, optimizer), micro_batches)
+    for left, right in zip(plain, on_deepspeed, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -581,6 +771,19 @@ def test_two_ranks_resume_bit_for_bit(
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 
 
+def test_two_ranks_choose_the_tokens_of_one_and_sum_to_its_gradient(
+    tmp_path: Path, model: Path, processes: RankProcesses
+) -> None:
+    processes.run("choose0", tmp_path, model, num_ranks=2)
+    together = torch.load(tmp_path / "chosen.pt")
+    for name, config in CHOICES.items():
+        *alone, weights = choose(config, ONE_RANK)
+        *chosen, of_both = together[name]
+        assert all(torch.equal(*pair) for pair in zip(alone, chosen, strict=True)), name
+        assert all(bool(each.any()) for each in alone), name
+        torch.testing.assert_close(of_both, weights, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("dying", [0, 1])
 def test_a_rank_ends_when_the_other_dies(
     dying: int, model: Path, tmp_path: Path, processes: RankProcesses
@@ -597,12 +800,47 @@ PAIR_BATCHES = (scored_groups(0), broken_groups(1))
 
 
 def pair_config(stage: int) -> RunConfig:
-    """One row a micro-batch, and rows that do not come out even over two ranks."""
-    return run_config(learner={"zero_stage": stage, "micro_batch_tokens": 1}, **RESUMED)
+    """Rows that do not come out even over two ranks, one a micro-batch.
+
+    Under ZeRO-2 a mini-batch is one micro-batch a rank: the training pass measures for the choice.
+    """
+    tokens = 100_000 if stage == 2 else 1
+    return run_config(learner={"zero_stage": stage, "micro_batch_tokens": tokens}, **RESUMED)
+
+
+KL_COV = {"loss_mode": "kl_cov", "kl_cov_ratio": 0.05}
+CLIP_COV = {"loss_mode": "clip_cov", "clip_cov_ratio": 0.05, "clip_cov_lb": 0.1}
+CHOICES = {
+    f"{name}-{tokens}": run_config(
+        learner={"learning_rate": 0.02, "micro_batch_tokens": tokens},
+        policy_loss={**loss, "top_entropy_quantile": 0.3},
+    )
+    for name, loss in (("kl_cov", KL_COV), ("clip_cov", CLIP_COV), ("vanilla", {}))
+    for tokens in (1, 100_000)
+}
+
+
+def choose(config: RunConfig, ranks: Ranks) -> list[Tensor]:
+    """By step which tokens were selected and kept, and at last the weights."""
+    trainer = make_trainer(config, ranks=ranks)
+    train_steps(trainer, [sampled_groups(0), sampled_groups(1)])
+    pairs = [(each.selected, each.kept) for each in trainer.records]
+    return [each for pair in pairs for each in pair if each is not None] + [weights_of(trainer)]
+
+
+def choose_on_ranks(folder: Path) -> None:
+    ranks = Ranks.join(Environment.read())
+    chosen = {name: choose(config, ranks) for name, config in CHOICES.items()}
+    if ranks.rank == 0:
+        torch.save(chosen, folder / "chosen.pt")
+    dist.destroy_process_group()
 
 
 def run_rank(job: str, folder: Path, model: Path) -> None:
     name, stage = job[:-1], int(job[-1])
+    if name == "choose":
+        choose_on_ranks(folder)
+        return
     config = run_config(**RESUMED) if name == "alone" else pair_config(stage)
     engine = LearnerEngine.start(config, str(model), Environment.read())
     if name == "die" and engine.rank == stage:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from array import array
 from itertools import chain
 
 import pytest
@@ -20,52 +19,17 @@ from services.learner.batch import (
     plan_micro_batches,
     selection_keys,
 )
-from shared.config.algorithm import AdvantageConfig
-from shared.records import (
-    Completion,
-    GroupUid,
-    Outcome,
-    PromptGroup,
-    Purpose,
-    RolloutGroup,
-    Score,
-    ScoredGroup,
-    VersionRun,
-)
+from shared.records import GroupUid, Outcome, ScoredGroup
+from tests.learner.fakes import run_config, scored_group
 
-GRPO = AdvantageConfig()
-
-
-def scored_group(
-    index: int,
-    outcomes: list[Outcome],
-    *,
-    prompt: tuple[int, ...] = (7, 8),
-    lengths: list[int] | None = None,
-    rewards: list[float] | None = None,
-    versions: tuple[tuple[int, int], ...] | None = None,
-) -> ScoredGroup:
-    lengths = lengths or [3] * len(outcomes)
-    rewards = rewards or [float(outcome is Outcome.PASS) for outcome in outcomes]
-    completions = tuple(
-        Completion(
-            token_ids=array("I", range(10 * index, 10 * index + length)),
-            behaviour_logprobs=array("f", [-0.5 * (i + 1) for i in range(length)]),
-            version_runs=tuple(VersionRun(*run) for run in versions or ((0, length),)),
-            is_truncated=False,
-        )
-        for length in lengths
-    )
-    uid = GroupUid("run", 0, index, 0)
-    head = PromptGroup(
-        uid, Purpose.TRAIN, "t", 0, array("I", prompt), "", len(outcomes), 1.0, 64, 0, 0.0
-    )
-    scores = tuple(Score(*pair, "") for pair in zip(outcomes, rewards, strict=True))
-    return ScoredGroup(RolloutGroup(head, completions, "replica", 0.0), scores, "verifier", 0.0)
+CONFIGS = {
+    cuts: run_config(learner={"groups_per_batch": 12, "optimizer_steps_per_batch": cuts})
+    for cuts in (1, 2, 3, 4)
+}
 
 
 def build(groups: list[ScoredGroup], *, minibatches: int = 1, version: int = 0) -> Batch:
-    return build_batch(groups, GRPO, num_minibatches=minibatches, policy_version=version)
+    return build_batch(groups, CONFIGS[minibatches], policy_version=version)
 
 
 outcomes = st.lists(st.sampled_from(list(Outcome)), min_size=2, max_size=5)
@@ -137,13 +101,6 @@ def test_a_reward_that_is_not_finite_is_not_trained_on() -> None:
     assert bool(batch.advantages.isfinite().all())
 
 
-def test_leave_one_out_is_the_other_estimator() -> None:
-    config = AdvantageConfig(estimator="rloo")
-    group = scored_group(0, [Outcome.PASS, Outcome.FAIL, Outcome.FAIL])
-    batch = build_batch([group], config, num_minibatches=1, policy_version=0)
-    assert [row.advantage for row in batch.rows] == pytest.approx([1.0, -0.5, -0.5])
-
-
 def test_values_per_token_stand_where_the_mask_is_and_nowhere_else() -> None:
     batch = build([scored_group(0, [Outcome.PASS, Outcome.FAIL], lengths=[1, 3])])
     assert batch.mask.tolist() == [[True, False, False], [True, True, True]]
@@ -184,6 +141,13 @@ def test_staleness_counts_from_the_oldest_token() -> None:
     assert {row.num_versions for row in batch.rows} == {2}
 
 
+def test_every_token_is_as_old_as_the_version_that_sampled_it() -> None:
+    batch = build([scored_group(0, [Outcome.PASS], versions=((3, 1), (5, 2)))], version=6)
+    assert batch.staleness.tolist() == [[3, 1, 1]]
+    longer = scored_group(1, [Outcome.FAIL, Outcome.FAIL], lengths=[1, 4])
+    assert build([longer], version=2).staleness.tolist() == [[2, 0, 0, 0], [2, 2, 2, 2]]
+
+
 def test_a_prompt_without_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match="prompt without tokens"):
         build([scored_group(0, [Outcome.PASS, Outcome.FAIL], prompt=())])
@@ -194,6 +158,7 @@ def test_a_batch_without_a_verdict_has_no_rows() -> None:
     assert batch.rows == ()
     assert batch.minibatches == ()
     assert batch.mask.shape == (0, 0)
+    assert batch.staleness.shape == (0, 0)
     assert selection_keys(batch, seed=1, step=1).shape == (0, 0)
 
 

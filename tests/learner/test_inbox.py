@@ -1,18 +1,21 @@
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 
 from services.learner.evaluation import Evaluator
 from services.learner.feeder import Feeder
-from services.learner.inbox import Inbox, group_staleness
+from services.learner.inbox import Inbox, group_staleness, is_degenerate
 from services.learner.ledger import Ledger
 from shared.codec import decode_prompt_group, encode_scored_group
 from shared.config import parse_run
 from shared.memory_stream import MemoryStream
+from shared.metrics import LEARNER_DEGENERATE, LEARNER_DROPPED
 from shared.records import GroupUid, Outcome, Purpose, ScoredGroup
 from shared.tasks.task import Problem
 from tests.factories import make_scored
@@ -31,6 +34,8 @@ group_size = 2
 """
 
 ERRORS = (Outcome.ERROR, Outcome.TIMEOUT)
+SOLVED = (Outcome.PASS, Outcome.PASS)
+FAILED = (Outcome.FAIL, Outcome.FAIL)
 
 
 class OneTokenACharacter:
@@ -61,10 +66,13 @@ class Scene:
     dead: MemoryStream = field(default_factory=lambda: MemoryStream(name="d", capacity=64))
     ledger: Ledger = field(default_factory=lambda: Ledger(run_id="run", num_problems=8, seed=1))
     evaluated: list[dict[str, float]] = field(default_factory=list)
+    run: str = RUN
+    replace_degenerate: bool = False
+    max_degenerate_batches: int = 10
 
     def __post_init__(self) -> None:
         problems = [Problem(str(number), "") for number in range(8)]
-        config: Any = parse_run(RUN)
+        config: Any = parse_run(self.run)
         tokenizer: Any = OneTokenACharacter()
         self.feeder = Feeder(
             config=config,
@@ -92,6 +100,8 @@ class Scene:
             on_evaluated=self.evaluated.append,
             max_staleness=1,
             max_attempts=2,
+            replace_degenerate=self.replace_degenerate,
+            max_degenerate_batches=self.max_degenerate_batches,
         )
 
     async def arrive(self, *groups: ScoredGroup) -> None:
@@ -240,3 +250,126 @@ async def test_a_resumed_evaluation_asks_only_for_what_is_missing(scene: Scene) 
 
 def test_the_staleness_of_a_group_is_that_of_its_worst_token() -> None:
     assert group_staleness(make_scored(versions=(7, 4)), 8) == 4
+
+
+def scored(*rewards: float, errors: int = 0) -> ScoredGroup:
+    """A group with these rewards, the last `errors` of which were never judged."""
+    judged = len(rewards) - errors
+    group = make_scored(
+        outcomes=[Outcome.FAIL] * judged + [Outcome.ERROR] * errors, versions=[0] * len(rewards)
+    )
+    scores = [
+        replace(score, reward=reward) for score, reward in zip(group.scores, rewards, strict=True)
+    ]
+    return replace(group, scores=tuple(scores))
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        scored(0.0, -0.0),
+        scored(0.1, 0.1, 0.1),
+        scored(0.5, math.nan, 0.5),
+        scored(0.5, math.inf),
+        scored(math.nan, math.nan),
+        scored(1.0, 1.0, 0.0, errors=1),
+    ],
+)
+def test_a_group_without_two_different_usable_rewards_is_degenerate(group: ScoredGroup) -> None:
+    assert is_degenerate(group)
+
+
+@pytest.mark.parametrize(
+    "group", [scored(0.0, 1.0), scored(0.1, 0.1, 0.1 + 1e-16 + 1e-17), scored(0.5, math.nan, 0.25)]
+)
+def test_two_usable_rewards_that_differ_teach(group: ScoredGroup) -> None:
+    assert not is_degenerate(group)
+
+
+@pytest.fixture
+async def dynamic() -> Scene:
+    """Replaces degenerate groups: two at most for a batch of two."""
+    made = Scene(replace_degenerate=True, max_degenerate_batches=1)
+    await made.feeder.fill(policy_version=0)
+    return made
+
+
+def degenerate_total(reason: str) -> float:
+    return float(LEARNER_DEGENERATE.labels(reason=reason)._value.get())
+
+
+async def test_without_dynamic_sampling_degenerate_groups_are_trained_on(scene: Scene) -> None:
+    await scene.arrive(make_scored(0, outcomes=SOLVED), make_scored(1, outcomes=FAILED))
+    assert await scene.take() == [0, 1]
+    assert scene.inbox.num_replaced == 0
+
+
+async def test_a_degenerate_group_is_replaced_by_the_next_of_the_order(dynamic: Scene) -> None:
+    await dynamic.arrive(make_scored(0, outcomes=SOLVED), make_scored(1))
+    with pytest.raises(WaitedError):
+        await dynamic.take()
+    assert [uid.index for uid in await dynamic.issued()] == [0, 1, 2, 3, 4]
+    assert dynamic.ledger.is_done(0)
+    assert dynamic.ledger.num_trained == 0
+    assert dynamic.ledger.num_outstanding == 4
+
+
+async def test_a_replaced_group_is_counted_once_and_as_what_it_was(dynamic: Scene) -> None:
+    correct, wrong = degenerate_total("all_correct"), degenerate_total("all_wrong")
+    completions = LEARNER_DROPPED.labels(reason="degenerate")._value.get()
+    await dynamic.arrive(make_scored(0, outcomes=SOLVED), make_scored(1, outcomes=FAILED))
+    # The cap is reached: these two are trained on, and counted with their step.
+    await dynamic.arrive(make_scored(2, outcomes=SOLVED), make_scored(3, outcomes=FAILED))
+    assert await dynamic.take() == [2, 3]
+    assert degenerate_total("all_correct") == correct + 1
+    assert degenerate_total("all_wrong") == wrong + 1
+    assert dynamic.inbox.dropped == {"degenerate": 2}
+    assert LEARNER_DROPPED.labels(reason="degenerate")._value.get() == completions + 4
+
+
+async def test_after_the_cap_degenerate_groups_are_taken_with_one_warning_a_batch(
+    dynamic: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        await dynamic.arrive(*(make_scored(index, outcomes=FAILED) for index in range(4)))
+        assert await dynamic.take() == [2, 3]
+    assert dynamic.inbox.num_replaced == 2
+    (record,) = caplog.records
+    assert "advantage.max_degenerate_batches = 1" in record.getMessage()
+    assert "advantage.dynamic_sampling" in record.getMessage()
+    assert record.getMessage().startswith("2 of 2 groups")
+
+
+async def test_the_cap_is_of_each_batch_and_a_batch_that_teaches_is_not_warned_of(
+    dynamic: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    for first in (0, 4):
+        await dynamic.arrive(*(make_scored(first + i, outcomes=FAILED) for i in range(2)))
+        await dynamic.arrive(make_scored(first + 2), make_scored(first + 3))
+        with caplog.at_level(logging.WARNING):
+            assert await dynamic.take() == [first + 2, first + 3]
+        assert dynamic.inbox.num_replaced == 2
+        for position in (first + 2, first + 3):
+            dynamic.ledger.finish(position)
+        await dynamic.feeder.fill(policy_version=0)
+    assert not caplog.records
+
+
+async def test_a_replaced_group_is_acknowledged_with_the_next_checkpoint(dynamic: Scene) -> None:
+    await dynamic.arrive(make_scored(0, outcomes=FAILED), make_scored(1))
+    with pytest.raises(WaitedError):
+        await dynamic.take()
+    assert (await dynamic.scored.depth()).pending == 2
+    await dynamic.inbox.acknowledge()
+    assert (await dynamic.scored.depth()).pending == 1
+
+
+async def test_a_stale_or_repeated_degenerate_group_is_dropped_as_such(dynamic: Scene) -> None:
+    await dynamic.arrive(
+        make_scored(0, outcomes=FAILED, versions=(0, 0)),
+        make_scored(1, outcomes=FAILED, versions=(2, 2)),
+        make_scored(1, outcomes=FAILED, versions=(2, 2)),
+    )
+    with pytest.raises(WaitedError):
+        await dynamic.take(policy_version=2)
+    assert dynamic.inbox.dropped == {"stale": 1, "degenerate": 1, "duplicate": 1}

@@ -42,3 +42,12 @@ def test_nan_becomes_null_since_json_has_no_nan(tmp_path: Path) -> None:
     journal.write({"step": 1, "loss": math.nan, "grad": math.inf})
     journal.close()
     assert read(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None, "grad": None}]
+
+
+def test_nan_inside_a_list_becomes_null_too(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "metrics.jsonl")
+    journal.write({"step": 1, "entropy_by_position": [0.5, math.nan, [-math.inf, 1]]})
+    journal.close()
+    assert read(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "entropy_by_position": [0.5, None, [None, 1]]}
+    ]

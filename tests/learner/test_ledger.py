@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.learner.ledger import Ledger
@@ -50,20 +50,43 @@ def test_a_group_of_another_run_is_not_wanted() -> None:
     assert not ledger.is_wanted(stranger)
 
 
-@given(st.permutations(range(20)), st.sets(st.integers(0, 19)))
-def test_every_position_is_done_once_in_whatever_order(
-    order: list[int], abandoned: set[int]
+@given(
+    st.permutations(range(20)),
+    st.lists(st.sampled_from(["finish", "abandon", "skip"]), min_size=20, max_size=20),
+)
+@settings(deadline=None)
+def test_every_position_is_done_once_in_whatever_order_and_way(
+    order: list[int], ways: list[str]
 ) -> None:
     ledger = make_ledger(num_problems=7)
     for _ in range(20):
         ledger.issue_next()
     for position in order:
-        (ledger.abandon if position in abandoned else ledger.finish)(position)
-        with pytest.raises(KeyError):
-            ledger.finish(position)
+        getattr(ledger, ways[position])(position)
+        before = ledger.state_dict()
+        for way in (ledger.finish, ledger.abandon, ledger.skip):
+            with pytest.raises(KeyError):
+                way(position)
+        assert ledger.state_dict() == before
     assert ledger.num_outstanding == 0
-    assert ledger.num_trained == 20 - len(abandoned)
+    assert ledger.num_trained == ways.count("finish")
+    assert ledger.num_skipped == ways.count("skip")
+    assert len(ledger.abandoned) == ways.count("abandon")
     assert (ledger.frontier, ledger.done) == (20, set())
+
+
+def test_what_was_replaced_is_counted_until_a_group_is_trained_on() -> None:
+    ledger = make_ledger()
+    for _ in range(5):
+        ledger.issue_next()
+    ledger.skip(3)
+    ledger.skip(0)
+    ledger.abandon(1)
+    assert (ledger.num_replaced, ledger.num_skipped) == (2, 2)
+    ledger.finish(2)
+    assert (ledger.num_replaced, ledger.num_skipped) == (0, 2)
+    ledger.skip(4)
+    assert (ledger.num_replaced, ledger.num_skipped) == (1, 3)
 
 
 def test_a_restored_ledger_goes_on_where_the_first_one_was() -> None:
@@ -72,11 +95,23 @@ def test_a_restored_ledger_goes_on_where_the_first_one_was() -> None:
         ledger.issue_next()
     ledger.finish(2)
     ledger.finish(0)
+    ledger.skip(4)
     ledger.reissue(3)
     restored = make_ledger()
     restored.load_state_dict(json.loads(json.dumps(ledger.state_dict())))
     assert restored == ledger
     assert restored.issue_next() == ledger.issue_next()
+
+
+def test_a_checkpoint_from_before_dynamic_sampling_is_that_of_a_run_that_skipped_nothing() -> None:
+    ledger = make_ledger()
+    ledger.issue_next()
+    ledger.finish(0)
+    state = ledger.state_dict()
+    del state["num_skipped"], state["num_replaced"]
+    restored = make_ledger()
+    restored.load_state_dict(state)
+    assert restored == ledger
 
 
 @pytest.mark.parametrize("other", [make_ledger(seed=2), make_ledger(num_problems=6)])

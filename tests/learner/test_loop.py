@@ -1,9 +1,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-from services.learner.loop import _unanswered
+from services.learner.evaluation import LawFit
+from services.learner.journal import Journal
+from services.learner.loop import Learner, Progress, _unanswered
+from shared.config import parse_run
+from shared.memory_stream import MemoryStream
+from shared.metrics import LearnerGauges
+from shared.records import Outcome
+from tests.factories import make_scored
+from tests.learner.test_inbox import RUN, SOLVED, Scene
 
 
 async def test_a_caller_that_gave_up_waiting_for_a_checkpoint_is_not_answered() -> None:
@@ -15,3 +26,63 @@ async def test_a_caller_that_gave_up_waiting_for_a_checkpoint_is_not_answered() 
         future.set_result(Path("step-000001"))
     assert patient.result() == Path("step-000001")
     assert gone.cancelled()
+
+
+def learner_of(scene: Scene, folder: Path) -> Learner:
+    """The loop over real parts but for the engine, which only saves."""
+    config = parse_run(RUN)
+    nobody: Any = None
+    engine: Any = SimpleNamespace(save=lambda path: path.mkdir(parents=True))
+    streams: Any = SimpleNamespace(scored=scene.scored)
+
+    async def at_once(work: Callable[[], Any]) -> Any:
+        return work()
+
+    return Learner(
+        config=config,
+        run_folder=folder,
+        streams=streams,
+        ledger=scene.ledger,
+        feeder=scene.feeder,
+        inbox=scene.inbox,
+        evaluator=scene.evaluator,
+        law=LawFit(config.law),
+        publisher=nobody,
+        engine=engine,
+        on_engine=at_once,
+        journal=Journal(folder / "metrics.jsonl"),
+        history=Journal(folder / "ledger.jsonl"),
+        gauges=LearnerGauges(),
+        progress=Progress(),
+    )
+
+
+async def test_replaced_groups_that_fill_the_stream_are_let_go_by_an_early_checkpoint(
+    tmp_path: Path,
+) -> None:
+    scene = Scene(scored=MemoryStream(name="s", capacity=3), replace_degenerate=True)
+    await scene.feeder.fill(policy_version=0)
+    learner = learner_of(scene, tmp_path)
+    await scene.arrive(make_scored(0, outcomes=SOLVED), make_scored(1, outcomes=SOLVED))
+    mixed = make_scored(2, outcomes=(Outcome.PASS, Outcome.FAIL))
+    await scene.arrive(mixed)
+
+    async def wait(missing: int) -> None:
+        assert missing == 1
+        await learner._make_room()
+        await scene.arrive(make_scored(3))
+
+    batch = await scene.inbox.take_batch(2, policy_version=0, while_waiting=wait)
+    assert [group.rollout.prompt.uid.index for group in batch] == [2, 3]
+    assert list((tmp_path / "checkpoints").iterdir())
+    assert scene.inbox.num_unacknowledged == 2
+    depth = await scene.scored.depth()
+    assert depth.pending == 2
+
+
+async def test_a_full_stream_alone_is_no_reason_for_a_checkpoint(tmp_path: Path) -> None:
+    scene = Scene(scored=MemoryStream(name="s", capacity=1))
+    await scene.feeder.fill(policy_version=0)
+    await scene.arrive(make_scored(0))
+    await learner_of(scene, tmp_path)._make_room()
+    assert not (tmp_path / "checkpoints").exists()
