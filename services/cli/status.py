@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from services.cli.law import law_lines
 from services.cli.observer import Observer, View
 from services.cli.progress import services_table
 from services.cli.run_folder import RunFolder
@@ -71,6 +72,11 @@ def _print(view: View) -> None:
                 if name in learner.metrics
             ],
         ]
+        if "law_identifiable" in learner.metrics:
+            facts += [
+                (name, f"{figure}  {qualifier}".rstrip())
+                for name, figure, qualifier in law_lines(learner.metrics)
+            ]
         for name, text in facts:
             console.print(f"{name:<20}{text}", markup=False)
     console.print(services_table(view))

@@ -107,7 +107,7 @@ class TargetEntropyController:
 
     Skywork-OR1 (https://arxiv.org/abs/2505.22312). `under` is H < target there (is_strict) and
     H <= target in TRL. The gate takes the entropy term out of the loss altogether while the
-    entropy is high enough; it starts open.
+    entropy is high enough; before the first update it is open in Skywork-OR1 and shut in TRL.
     """
 
     def __init__(
@@ -120,11 +120,12 @@ class TargetEntropyController:
         coefficient_max: float,
         is_strict: bool,
     ) -> None:
-        """Start at the initial coefficient with the gate open.
+        """Start at the initial coefficient, behind the gate.
 
         Args:
             target: nats. step_size: change of the coefficient per update.
-            is_strict: whether an entropy equal to the target counts as reached.
+            is_strict: whether an entropy equal to the target counts as reached, and the gate
+                starts open.
         Raises:
             ValueError: initial lies outside the box, or target or step_size is not above 0.
         """
@@ -137,7 +138,7 @@ class TargetEntropyController:
         self._coefficient_max = coefficient_max
         self._is_strict = is_strict
         self._accumulated = initial
-        self._is_open = True
+        self._is_open = is_strict
 
     @property
     def coefficient(self) -> float:

@@ -114,9 +114,11 @@ def test_the_target_controller_follows_the_golden_trajectory(
         assert controller.accumulated == pytest.approx(behind * 1e-4, abs=1e-12)
 
 
-def test_the_gate_starts_open() -> None:
-    controller = TargetEntropyController(**(TARGET | {"initial": 0.001}), is_strict=True)
-    assert controller.coefficient == 0.001
+@pytest.mark.parametrize(("is_strict", "first"), [(True, 0.001), (False, 0.0)])
+def test_the_gate_starts_open_in_skywork_and_shut_in_trl(is_strict: bool, first: float) -> None:
+    controller = TargetEntropyController(**(TARGET | {"initial": 0.001}), is_strict=is_strict)
+    assert controller.coefficient == first
+    assert controller.accumulated == 0.001
 
 
 def test_the_pi_controller_follows_the_golden_trajectory() -> None:
