@@ -146,8 +146,8 @@ def main() -> int:
         for regime, seed, arm in product(given.regimes, range(1, given.seeds + 1), given.arms)
     ]
     failed = run_all(jobs, parallel=given.parallel)
-    write_report(given.folder, RESULTS)
-    print(f"wrote {RESULTS / 'entropy-study.md'}")
+    for table in write_report(given.folder, RESULTS, given.regimes):
+        print(f"wrote {table}")
     return 1 if failed else 0
 
 

