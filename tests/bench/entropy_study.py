@@ -4,7 +4,8 @@
     .venv/bin/python -m tests.bench.entropy_study --regimes stale --seeds 3
 
 A run that is complete is not run again, so the study goes on where it was interrupted. Results go
-to tests/bench/results; rows, logs and models stay in the study's folder.
+to tests/bench/results; rows, logs and models stay in the study's folder. With --extend the runs
+whose results are there already, perhaps from another machine, are neither run nor forgotten.
 """
 
 from __future__ import annotations
@@ -46,6 +47,11 @@ class Job:
     def rows(self) -> Path:
         """There once the run is complete."""
         return self.folder / self.regime / f"{self.arm}-{self.seed}.jsonl"
+
+    @property
+    def result(self) -> Path:
+        """What the report keeps of it."""
+        return RESULTS / "entropy-study" / self.regime / f"{self.arm}-{self.seed}.json"
 
     @property
     def document(self) -> Document:
@@ -138,6 +144,7 @@ def main() -> int:
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=["base"])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", type=int, default=5, help="runs per arm")
+    parser.add_argument("--extend", action="store_true", help="add to the results that are there")
     parser.add_argument("--parallel", type=int, default=os.cpu_count(), help="runs at a time")
     given = parser.parse_args()
     # Seeds before arms: what is interrupted leaves whole pairs.
@@ -145,8 +152,10 @@ def main() -> int:
         Job(given.folder, regime, arm, seed)
         for regime, seed, arm in product(given.regimes, range(1, given.seeds + 1), given.arms)
     ]
+    if given.extend:
+        jobs = [job for job in jobs if not job.result.exists()]
     failed = run_all(jobs, parallel=given.parallel)
-    for table in write_report(given.folder, RESULTS, given.regimes):
+    for table in write_report(given.folder, RESULTS, given.regimes, extend=given.extend):
         print(f"wrote {table}")
     return 1 if failed else 0
 

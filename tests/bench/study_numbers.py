@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,18 +22,20 @@ class RunResult:
     """One run.
 
     Attributes:
-        entropies: token mean by step. scores: evaluation score by step.
+        entropies: token mean by step. scores: (step, evaluation score).
         points: (entropy, score) of the evaluated versions, for the law.
-        shares: of solved samples by problem, for `eval` and `hard`, of `samples` each.
+        solved: how many of `samples` were right, by problem, of `eval` and `hard`.
+        positive_covariances: share of the steps whose mean covariance is above 0.
+        clipped: share of tokens where the clip bound, mean over steps.
     """
 
     entropies: list[float]
-    scores: dict[int, float]
+    scores: list[tuple[int, float]]
     points: list[tuple[float, float]]
-    shares: dict[str, list[float]]
+    solved: dict[str, list[int]]
     samples: int
-    covariances: list[float]
-    clip_fractions: list[float]
+    positive_covariances: float
+    clipped: float
 
     @property
     def entropy_ratio(self) -> float:
@@ -47,14 +49,10 @@ class RunResult:
         1 - C(n - c, k) / C(n, k) with c of n samples right (https://arxiv.org/abs/2107.03374); NaN
         for more than there are, and for a split without problems.
         """
-        n = self.samples
-        if k > n or not self.shares[split]:
+        n, solved = self.samples, self.solved[split]
+        if k > n or not solved:
             return math.nan
-        chances = []
-        for share in self.shares[split]:
-            wrong = n - round(share * n)
-            chances.append(1 - math.comb(wrong, k) / math.comb(n, k))
-        return statistics.fmean(chances)
+        return statistics.fmean(1 - math.comb(n - right, k) / math.comb(n, k) for right in solved)
 
     @property
     def law(self) -> EntropyLaw:
@@ -70,11 +68,6 @@ class RunResult:
         if not late or not law.is_identifiable:
             return math.nan
         return law.rmse_on([entropy for entropy, _ in late], [score for _, score in late])
-
-    @property
-    def positive_covariance_share(self) -> float:
-        """Share of the steps whose mean covariance is above 0."""
-        return statistics.fmean(value > 0 for value in self.covariances)
 
 
 class Estimate(NamedTuple):
@@ -106,39 +99,48 @@ Runs = dict[str, dict[int, RunResult]]
 """By arm and seed."""
 
 
-def read_runs(folder: Path) -> Runs:
-    """Every complete run of a regime's folder."""
+def read_results(folder: Path) -> Runs:
+    """The results that `write_result` wrote for a regime."""
     runs: Runs = {}
-    for path in sorted(folder.glob("*.jsonl")):
+    for path in sorted(folder.glob("*.json")):
         arm, _, seed = path.stem.rpartition("-")
-        runs.setdefault(arm, {})[int(seed)] = read_run(path)
+        runs.setdefault(arm, {})[int(seed)] = RunResult(**json.loads(path.read_text("utf8")))
     return runs
 
 
-def read_run(path: Path) -> RunResult:
-    """The rows that `tests.bench.lockstep` wrote."""
+def write_result(result: RunResult, path: Path) -> None:
+    """As JSON, four decimals a number: enough for every table and plot."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    numbers = json.loads(json.dumps(asdict(result)), parse_float=lambda text: round(float(text), 4))
+    path.write_text(json.dumps(numbers) + "\n", "utf8")
+
+
+def read_rows(path: Path) -> RunResult:
+    """Of the rows that `tests.bench.lockstep` wrote."""
     rows = [json.loads(line) for line in path.read_text("utf8").splitlines()]
     steps = [row for row in rows if "entropy" in row]
-    scores = {
-        int(row["eval_step"]): float(row["eval_score"]) for row in rows if "eval_score" in row
-    }
+    scores = [
+        (int(row["eval_step"]), float(row["eval_score"])) for row in rows if "eval_score" in row
+    ]
     # A step's entropy is that of the version before it.
     filtered = {int(row["step"]) - 1: row.get("entropy_after_filter") for row in steps}
     final: dict[str, Any] = rows[-1]["final"]
+    samples = final["samples"]
+    clipped = [row.get(f"clip_fraction_{side}", 0.0) for row in steps for side in ("low", "high")]
     return RunResult(
         entropies=[row["entropy"] for row in steps],
         scores=scores,
         points=[
             (entropy, score)
-            for step, score in sorted(scores.items())
+            for step, score in scores
             if (entropy := filtered.get(step)) is not None
         ],
-        shares={split: final[split] for split in ("eval", "hard")},
-        samples=final["samples"],
-        covariances=[row["covariance_mean"] for row in steps],
-        clip_fractions=[
-            row.get("clip_fraction_low", 0.0) + row.get("clip_fraction_high", 0.0) for row in steps
-        ],
+        solved={
+            split: [round(share * samples) for share in final[split]] for split in ("eval", "hard")
+        },
+        samples=samples,
+        positive_covariances=statistics.fmean(row["covariance_mean"] > 0 for row in steps),
+        clipped=2 * statistics.fmean(clipped),
     )
 
 

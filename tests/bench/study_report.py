@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -23,7 +22,9 @@ from tests.bench.study_numbers import (
     Runs,
     over_seeds,
     paired_difference,
-    read_runs,
+    read_results,
+    read_rows,
+    write_result,
 )
 
 COLOURS = {
@@ -46,23 +47,31 @@ KS = (1, 2, 4, 8, 16, 32)
 Measure = Callable[[RunResult], float]
 
 
-def write_report(folder: Path, results: Path, regimes: Sequence[str]) -> list[Path]:
-    """`entropy-study-<regime>.md` and `.json`, and four plots, of each regime; the tables.
+def write_report(
+    folder: Path, results: Path, regimes: Sequence[str], *, extend: bool = False
+) -> list[Path]:
+    """`entropy-study-<regime>.md` and four plots of each regime; returns the tables.
+
+    What they are made of stands in `entropy-study/<regime>`, a file a run.
 
     Args:
         folder: the study's; regimes that have no complete run there are left out.
+        extend: keep the results of runs that the folder does not hold.
     """
     tables = []
     for name in regimes:
-        runs = read_runs(folder / name)
+        kept = results / "entropy-study" / name
+        for old in [] if extend else kept.glob("*.json"):
+            old.unlink()
+        for rows in sorted((folder / name).glob("*.jsonl")):
+            write_result(read_rows(rows), kept / f"{rows.stem}.json")
+        runs = read_results(kept)
         if not runs:
             continue
-        stem = results / f"entropy-study-{name}"
-        table = stem.with_suffix(".md")
+        table = results / f"entropy-study-{name}.md"
         table.write_text(_head(name, runs) + "\n".join(_section(runs)) + "\n", "utf8")
-        stem.with_suffix(".json").write_text(json.dumps(_numbers(runs), indent=1) + "\n", "utf8")
         for kind, draw in PLOTS.items():
-            draw(runs).savefig(results / f"{stem.name}-{kind}.png")
+            draw(runs).savefig(results / f"entropy-study-{name}-{kind}.png")
         tables.append(table)
     return tables
 
@@ -111,8 +120,8 @@ def _table(runs: Runs) -> list[str]:
         ("pass@32", lambda run: run.pass_at(32), 3),
         ("hard: score", lambda run: run.pass_at(1, "hard"), 3),
         ("hard: pass@32", lambda run: run.pass_at(32, "hard"), 3),
-        ("steps with Cov > 0", lambda run: run.positive_covariance_share, 2),
-        ("clipped", lambda run: statistics.fmean(run.clip_fractions), 4),
+        ("steps with Cov > 0", lambda run: run.positive_covariances, 2),
+        ("clipped", lambda run: run.clipped, 4),
         ("law R²", lambda run: run.law.r2, 2),
         ("law a", lambda run: run.law.a, 2),
         ("law error", lambda run: run.extrapolation_error, 3),
@@ -151,31 +160,6 @@ def _comparisons(runs: Runs) -> list[tuple[str, str]]:
     return [(arm, control) for arm, control in wanted if arm in runs and control in runs]
 
 
-def _numbers(runs: Runs) -> dict[str, Any]:
-    """By arm and seed, what the table is made of."""
-    return {
-        arm: {
-            str(seed): {
-                "entropy_ratio": round(run.entropy_ratio, 4),
-                "scores": {str(step): round(score, 4) for step, score in run.scores.items()},
-                **{
-                    f"{split}_pass_at_{k}": _rounded(run.pass_at(k, split))
-                    for split in ("eval", "hard")
-                    for k in KS
-                },
-                "law": {
-                    "a": _rounded(run.law.a),
-                    "b": _rounded(run.law.b),
-                    "r2": _rounded(run.law.r2),
-                    "extrapolation_error": _rounded(run.extrapolation_error),
-                },
-            }
-            for seed, run in sorted(of_arm.items())
-        }
-        for arm, of_arm in runs.items()
-    }
-
-
 def draw_entropy(runs: Runs) -> Figure:
     """Training entropy by step, mean over seeds."""
     figure, axes = _axes("Entropy of the policy", "training step", "nats a token, mean of 10 steps")
@@ -192,9 +176,12 @@ def draw_scores(runs: Runs) -> Figure:
     """Evaluation score by step, mean over seeds and three neighbouring evaluations."""
     figure, axes = _axes("Evaluation score", "training step", "score, mean of 3 evaluations")
     for arm in _arms(runs):
-        steps = sorted(next(iter(runs[arm].values())).scores)
-        means = [statistics.fmean(run.scores[step] for run in runs[arm].values()) for step in steps]
-        axes.plot(steps, _smoothed(means, 3), **_style(arm))
+        curves = [run.scores for run in runs[arm].values()]
+        steps = [step for step, _ in curves[0]]
+        means = [
+            statistics.fmean(score for _, score in scores) for scores in zip(*curves, strict=False)
+        ]
+        axes.plot(steps[: len(means)], _smoothed(means, 3), **_style(arm))
     axes.legend(frameon=False, fontsize=8, ncols=3)
     return figure
 
@@ -314,7 +301,3 @@ def _spell_difference(estimate: Estimate, digits: int) -> str:
         return f"{estimate.mean:+.{digits}f}"
     text = f"{estimate.mean:+.{digits}f} ± {estimate.half_width:.{digits}f}"
     return f"**{text}**" if estimate.is_clear else text
-
-
-def _rounded(value: float) -> float | None:
-    return round(value, 4) if math.isfinite(value) else None

@@ -15,7 +15,14 @@ import pytest
 from shared.config import parse_run
 from tests.bench.entropy_study import Job, run_all, to_toml
 from tests.bench.study_arms import ARMS, CONTROLS, REGIMES, SLOW, run_document
-from tests.bench.study_numbers import Estimate, RunResult, paired_difference, read_runs
+from tests.bench.study_numbers import (
+    Estimate,
+    RunResult,
+    paired_difference,
+    read_results,
+    read_rows,
+    write_result,
+)
 from tests.bench.study_report import write_report
 
 SMALL = """
@@ -48,15 +55,15 @@ group_size = 2
 """
 
 
-def result(shares: list[float], *, samples: int = 4) -> RunResult:
+def result(solved: list[int], *, samples: int = 4) -> RunResult:
     return RunResult(
         entropies=[0.4] * 10 + [0.1] * 10,
-        scores={0: 0.1, 10: 0.2},
+        scores=[(0, 0.1), (10, 0.2)],
         points=[(0.4, 0.1), (0.3, 0.2), (0.2, 0.25), (0.1, 0.3)],
-        shares={"eval": shares, "hard": shares[:1]},
+        solved={"eval": solved, "hard": solved[:1]},
         samples=samples,
-        covariances=[0.1, -0.1],
-        clip_fractions=[0.0, 0.02],
+        positive_covariances=0.5,
+        clipped=0.01,
     )
 
 
@@ -82,28 +89,45 @@ def test_pass_at_k_is_the_share_of_draws_without_replacement_that_hold_a_solutio
     solved = [True, False, True, False, False]
     draws = list(combinations(solved, 3))
     expected = sum(any(draw) for draw in draws) / len(draws)
-    assert result([0.4], samples=5).pass_at(3) == pytest.approx(expected)
+    assert result([2], samples=5).pass_at(3) == pytest.approx(expected)
 
 
 def test_an_estimate_is_the_t_interval_over_seeds() -> None:
     estimate = Estimate.of([1.0, 2.0, 3.0, math.nan])
     assert estimate.mean == 2.0
     assert estimate.half_width == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5)
-    assert not estimate.is_clear or abs(estimate.mean) > estimate.half_width
+    assert not estimate.is_clear
+    assert Estimate.of([2.0, 2.1, 2.2]).is_clear
 
 
 def test_a_difference_is_paired_by_seed_and_leaves_lonely_seeds_out() -> None:
     runs = {
-        "aent": {1: result([0.5]), 2: result([0.75]), 3: result([1.0])},
-        "vanilla": {1: result([0.25]), 2: result([0.25])},
+        "aent": {1: result([2]), 2: result([3]), 3: result([4])},
+        "vanilla": {1: result([1]), 2: result([1])},
     }
     difference = paired_difference(runs, "aent", "vanilla", lambda run: run.pass_at(1))
     assert difference.mean == pytest.approx(0.375)
     assert difference.num_values == 2
 
 
+def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
+    write_result(result([1, 4]), tmp_path / "clip-cov-12.json")
+    (read,) = read_results(tmp_path)["clip-cov"].values()
+    assert read.pass_at(2) == result([1, 4]).pass_at(2)
+    assert read.law == result([1, 4]).law
+
+
+def test_a_report_forgets_other_results_unless_it_extends_them(tmp_path: Path) -> None:
+    kept = tmp_path / "entropy-study" / "base" / "aent-1.json"
+    write_result(result([1, 4]), kept)
+    assert write_report(tmp_path / "study", tmp_path, ["base"], extend=True)
+    assert kept.exists()
+    assert write_report(tmp_path / "study", tmp_path, ["base"]) == []
+    assert not kept.exists()
+
+
 def test_the_entropy_ratio_compares_the_ends() -> None:
-    assert result([0.5]).entropy_ratio == pytest.approx(0.25)
+    assert result([2]).entropy_ratio == pytest.approx(0.25)
 
 
 @pytest.mark.integration
@@ -125,7 +149,7 @@ def test_a_run_leaves_rows_that_the_report_reads_and_is_not_run_again(tmp_path: 
     trained = [row for row in steps if "entropy" in row]
     assert [row["staleness_max"] for row in trained] == [0, 1, 1]
     assert [row["eval_step"] for row in steps if "eval_step" in row] == [0, 2]
-    assert read_runs(rows.parent)["vanilla"][1].samples == 2
+    assert read_rows(rows).samples == 2
     assert run_all([Job(folder, "base", "vanilla", 1)], parallel=1) == []
     (table,) = write_report(folder, tmp_path, ["base", "stale"])
     assert "| vanilla |" in table.read_text()
