@@ -6,7 +6,7 @@ PROTOS := $(wildcard protos/*.proto)
 SERVICE_PROTOS := $(shell grep -l '^service ' $(PROTOS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench bench-entropy bench-methods lint proto check-proto
+.PHONY: help setup demo test bench bench-entropy bench-methods bench-wire lint proto check-proto
 
 help: ## Show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -22,13 +22,16 @@ demo: setup ## Train the built-in model: warm-up, then RL with two replicas, wit
 test: setup ## Unit tests, then short runs with real parts, and with parts killed
 	$(BIN)/python -m pytest
 
-bench: bench-methods ## Every benchmark but the study; its results are in tests/bench/results
+bench: bench-methods bench-wire ## Every benchmark but the study; its results are in tests/bench/results
 
 bench-entropy: setup ## The entropy study: 9 arms x 5 seeds, 1 to 2 h on two cores; goes on where it stopped
 	$(BIN)/python -m tests.bench.entropy_study
 
 bench-methods: setup ## What each method adds to a learner step
-	$(BIN)/python -m tests.bench.method_cost
+	$(BIN)/python -m tests.bench.method_cost --rounds small=4 large=2
+
+bench-wire: setup ## Bytes a token on the streams, and how fast they are written and read
+	$(BIN)/python -m tests.bench.wire
 
 lint: setup check-proto ## Formatting, lint, types, generated code
 	$(BIN)/ruff format --check .

@@ -104,7 +104,7 @@ class PromptGroup(_message.Message):
     problem_index: _builtins.int
     """The problem in its task's split."""
     prompt_token_ids: _builtins.bytes
-    """Little-endian uint32 each."""
+    """Little-endian uint32 each, below 2^31; never empty."""
     answer: _builtins.str
     """What the task's scorer needs to judge a completion; task-defined text."""
     group_size: _builtins.int
@@ -113,7 +113,7 @@ class PromptGroup(_message.Message):
     min_policy_version: _builtins.int
     """Sampled only by a replica that serves at least this version."""
     issued_at: _builtins.float
-    """Unix seconds."""
+    """Unix seconds. Always set: it is written last, so that without it the message is cut short."""
     @_builtins.property
     def uid(self) -> Global___GroupUid: ...
     def __init__(
@@ -129,18 +129,21 @@ class PromptGroup(_message.Message):
         temperature: _builtins.float = ...,
         max_completion_tokens: _builtins.int = ...,
         min_policy_version: _builtins.int = ...,
-        issued_at: _builtins.float = ...,
+        issued_at: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["uid", b"uid"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_issued_at", b"_issued_at", "issued_at", b"issued_at", "uid", b"uid"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "group_size", b"group_size", "issued_at", b"issued_at", "max_completion_tokens", b"max_completion_tokens", "min_policy_version", b"min_policy_version", "problem_index", b"problem_index", "prompt_token_ids", b"prompt_token_ids", "purpose", b"purpose", "task", b"task", "temperature", b"temperature", "uid", b"uid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_issued_at", b"_issued_at", "answer", b"answer", "group_size", b"group_size", "issued_at", b"issued_at", "max_completion_tokens", b"max_completion_tokens", "min_policy_version", b"min_policy_version", "problem_index", b"problem_index", "prompt_token_ids", b"prompt_token_ids", "purpose", b"purpose", "task", b"task", "temperature", b"temperature", "uid", b"uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__issued_at: _TypeAlias = _typing.Literal["issued_at"]  # noqa: Y015
+    _WhichOneofArgType__issued_at: _TypeAlias = _typing.Literal["_issued_at", b"_issued_at"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__issued_at) -> _WhichOneofReturnType__issued_at | None: ...
 
 Global___PromptGroup: _TypeAlias = PromptGroup  # noqa: Y015
 
 @_typing.final
 class VersionRun(_message.Message):
-    """num_tokens consecutive tokens sampled by policy_version."""
+    """num_tokens consecutive tokens sampled by policy_version; one at least, and not negative."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -168,7 +171,7 @@ class Completion(_message.Message):
     VERSION_RUNS_FIELD_NUMBER: _builtins.int
     IS_TRUNCATED_FIELD_NUMBER: _builtins.int
     token_ids: _builtins.bytes
-    """Little-endian uint32 each; never empty."""
+    """Little-endian uint32 each, below 2^31; never empty."""
     behaviour_logprobs: _builtins.bytes
     """Little-endian float32 each, nats, one per token id."""
     is_truncated: _builtins.bool
@@ -199,7 +202,7 @@ class RolloutGroup(_message.Message):
     SAMPLED_AT_FIELD_NUMBER: _builtins.int
     replica: _builtins.str
     sampled_at: _builtins.float
-    """Unix seconds."""
+    """Unix seconds. Always set: it is written last, so that without it the message is cut short."""
     @_builtins.property
     def prompt(self) -> Global___PromptGroup: ...
     @_builtins.property
@@ -212,12 +215,15 @@ class RolloutGroup(_message.Message):
         prompt: Global___PromptGroup | None = ...,
         completions: _abc.Iterable[Global___Completion] | None = ...,
         replica: _builtins.str = ...,
-        sampled_at: _builtins.float = ...,
+        sampled_at: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_sampled_at", b"_sampled_at", "prompt", b"prompt", "sampled_at", b"sampled_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["completions", b"completions", "prompt", b"prompt", "replica", b"replica", "sampled_at", b"sampled_at"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_sampled_at", b"_sampled_at", "completions", b"completions", "prompt", b"prompt", "replica", b"replica", "sampled_at", b"sampled_at"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__sampled_at: _TypeAlias = _typing.Literal["sampled_at"]  # noqa: Y015
+    _WhichOneofArgType__sampled_at: _TypeAlias = _typing.Literal["_sampled_at", b"_sampled_at"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sampled_at) -> _WhichOneofReturnType__sampled_at | None: ...
 
 Global___RolloutGroup: _TypeAlias = RolloutGroup  # noqa: Y015
 
@@ -255,7 +261,7 @@ class ScoredGroup(_message.Message):
     SCORED_AT_FIELD_NUMBER: _builtins.int
     verifier: _builtins.str
     scored_at: _builtins.float
-    """Unix seconds."""
+    """Unix seconds. Always set: it is written last, so that without it the message is cut short."""
     @_builtins.property
     def rollout(self) -> Global___RolloutGroup: ...
     @_builtins.property
@@ -268,11 +274,14 @@ class ScoredGroup(_message.Message):
         rollout: Global___RolloutGroup | None = ...,
         scores: _abc.Iterable[Global___Score] | None = ...,
         verifier: _builtins.str = ...,
-        scored_at: _builtins.float = ...,
+        scored_at: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["rollout", b"rollout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_scored_at", b"_scored_at", "rollout", b"rollout", "scored_at", b"scored_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["rollout", b"rollout", "scored_at", b"scored_at", "scores", b"scores", "verifier", b"verifier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scored_at", b"_scored_at", "rollout", b"rollout", "scored_at", b"scored_at", "scores", b"scores", "verifier", b"verifier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__scored_at: _TypeAlias = _typing.Literal["scored_at"]  # noqa: Y015
+    _WhichOneofArgType__scored_at: _TypeAlias = _typing.Literal["_scored_at", b"_scored_at"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scored_at) -> _WhichOneofReturnType__scored_at | None: ...
 
 Global___ScoredGroup: _TypeAlias = ScoredGroup  # noqa: Y015

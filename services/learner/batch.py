@@ -8,6 +8,7 @@ nothing about it has to be sent.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -37,7 +38,7 @@ class Row:
     """
 
     group: int
-    prompt_token_ids: Sequence[int]
+    prompt_token_ids: array[int]
     completion: Completion
     reward: float
     advantage: float
@@ -132,22 +133,25 @@ def build_batch(groups: Sequence[ScoredGroup], config: RunConfig, *, policy_vers
     cuts = [len(groups) * i // num_minibatches for i in range(num_minibatches + 1)]
     starts = [sum(len(each) for each in rows_by_group[:cut]) for cut in cuts]
     minibatches = tuple(range(start, end) for start, end in pairwise(starts) if end > start)
+    of_rows = [row.advantage for row in rows]
     lengths = torch.tensor([len(row.completion.token_ids) for row in rows], dtype=torch.int64)
     width = int(lengths.max()) if rows else 0
     mask = torch.arange(width) < lengths.unsqueeze(1)
     behaviour, ages = torch.zeros(mask.shape), torch.zeros(mask.shape, dtype=torch.int64)
     for number, row in enumerate(rows):
-        logprobs, runs = row.completion.behaviour_logprobs, row.completion.version_runs
-        behaviour[number, : len(logprobs)] = torch.tensor(logprobs)
-        of_runs = torch.tensor([staleness(policy_version, [run.policy_version]) for run in runs])
-        counts = torch.tensor([run.num_tokens for run in runs])
-        ages[number, : len(logprobs)] = of_runs.repeat_interleave(counts)
+        logprobs = row.completion.behaviour_logprobs
+        behaviour[number, : len(logprobs)] = torch.frombuffer(logprobs, dtype=torch.float32)
+        start = 0
+        for run in row.completion.version_runs:
+            age = staleness(policy_version, [run.policy_version])
+            ages[number, start : start + run.num_tokens] = age
+            start += run.num_tokens
     return Batch(
         groups=tuple(groups),
         rows=rows,
         minibatches=minibatches,
         mask=mask,
-        advantages=torch.tensor([row.advantage for row in rows]).unsqueeze(1) * mask,
+        advantages=torch.where(mask, torch.tensor(of_rows).unsqueeze(1), 0.0),
         behaviour_logprobs=behaviour,
         staleness=ages,
         uid_hashes=torch.tensor([row.uid_hash for row in rows], dtype=torch.int64),
@@ -192,11 +196,11 @@ def collate(batch: Batch, rows: Sequence[int]) -> MicroBatch:
     input_ids = torch.zeros(len(chosen), width, dtype=torch.int64)
     predictors, targets = [], []
     for line, row in enumerate(chosen):
-        tokens = torch.tensor([*row.prompt_token_ids, *row.completion.token_ids])
-        start = len(row.prompt_token_ids)
-        input_ids[line, : len(tokens)] = tokens
-        predictors.append(line * width + torch.arange(start - 1, len(tokens) - 1))
-        targets.append(tokens[start:])
+        start, end = len(row.prompt_token_ids), row.num_tokens
+        input_ids[line, :start] = _token_ids(row.prompt_token_ids)
+        input_ids[line, start:end] = _token_ids(row.completion.token_ids)
+        predictors.append(line * width + torch.arange(start - 1, end - 1))
+        targets.append(input_ids[line, start:end])
     longest = max(len(each) for each in targets)
     return MicroBatch(
         rows=tuple(rows),
@@ -237,6 +241,11 @@ def _group_rows(
             )
         )
     return rows
+
+
+def _token_ids(values: array[int]) -> Tensor:
+    """The array's own memory as a tensor."""
+    return torch.frombuffer(values, dtype=torch.uint32)
 
 
 def _pack(rows: list[int], lengths: dict[int, int], max_tokens: int) -> list[list[int]]:

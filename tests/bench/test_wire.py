@@ -41,7 +41,7 @@ def test_every_format_gives_the_same_tensors_bit_for_bit(groups: list[ScoredGrou
             for (ids, logprobs), completion in zip(decoded, group.rollout.completions, strict=True):
                 assert ids.tolist() == list(completion.token_ids)
                 assert logprobs.tolist() == list(completion.behaviour_logprobs)
-                assert (ids.dtype, logprobs.dtype) == (torch.int64, torch.float32)
+                assert (ids.dtype, logprobs.dtype) == (torch.int32, torch.float32)
 
 
 def test_lists_hold_every_field_of_the_records(groups: list[ScoredGroup]) -> None:

@@ -6,9 +6,9 @@ The same groups in each format, with every field. Rates are millions of completi
 second of this process, which has one thread, so that what else runs on the machine moves them
 little. A round times everything once, in turn; reported are the medians over the rounds.
 
-The comparison leans to the others: their lists are made before the clock starts, they decode to
-whatever comes, while ours goes from records to checked records. "Into tensors" is from bytes to
-int64 ids and float32 log-probs of each completion, in every format.
+The comparison leans to the others: their lists are made before the clock starts and they decode
+to whatever comes, while ours goes from records to checked records. "Into tensors" is from bytes to
+a tensor of int32 ids and one of float32 log-probs for each completion, in every format.
 """
 
 from __future__ import annotations
@@ -163,10 +163,10 @@ def formats(groups: Sequence[ScoredGroup]) -> dict[str, Format]:
 
 
 def record_tensors(group: ScoredGroup) -> list[tuple[Tensor, Tensor]]:
-    """Ids and log-probs of each completion, from its arrays."""
+    """Ids and log-probs of each completion, which are the memory of its arrays."""
     return [
         (
-            torch.frombuffer(each.token_ids, dtype=torch.uint32).long(),
+            torch.frombuffer(each.token_ids, dtype=torch.int32),
             torch.frombuffer(each.behaviour_logprobs, dtype=torch.float32),
         )
         for each in group.rollout.completions
@@ -177,7 +177,7 @@ def list_tensors(group: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
     """As `record_tensors`, from lists."""
     return [
         (
-            torch.tensor(each["token_ids"], dtype=torch.int64),
+            torch.tensor(each["token_ids"], dtype=torch.int32),
             torch.tensor(each["behaviour_logprobs"], dtype=torch.float32),
         )
         for each in group["rollout"]["completions"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
+from array import array
+from dataclasses import replace
 from itertools import chain
 
 import pytest
@@ -19,7 +22,7 @@ from services.learner.batch import (
     plan_micro_batches,
     selection_keys,
 )
-from shared.records import GroupUid, Outcome, ScoredGroup
+from shared.records import Completion, GroupUid, Outcome, ScoredGroup, VersionRun
 from tests.learner.fakes import run_config, scored_group
 
 CONFIGS = {
@@ -115,6 +118,57 @@ def test_a_micro_batch_predicts_each_completion_token_from_the_one_before_it() -
     assert micro_batch.predictors.tolist() == [1, 2, 3, 6]
     assert micro_batch.targets.tolist() == [30, 31, 32, 30]
     assert micro_batch.mask.tolist() == [[True] * 3, [True, False, False]]
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=2, max_size=5),
+    st.integers(0, 2**32),
+)
+def test_tensors_hold_what_a_loop_over_the_tokens_would_put_there(
+    counts: list[list[int]], seed: int
+) -> None:
+    """Bit for bit, ids up to the largest, from runs of any number and length."""
+    draw = random.Random(seed)
+    sampled = []
+    for of_runs in counts:
+        num_tokens = sum(of_runs)
+        ids = array("I", [draw.choice([0, 151_935, 2**31 - 1]) for _ in range(num_tokens)])
+        logprobs = array("f", [-draw.expovariate(1) for _ in range(num_tokens)])
+        version_runs = tuple(VersionRun(draw.randrange(9), count) for count in of_runs)
+        sampled.append(Completion(ids, logprobs, version_runs, False))
+    template = scored_group(0, [Outcome.PASS, Outcome.FAIL] * len(counts), prompt=(7, 2**31 - 1))
+    rollout = replace(template.rollout, completions=tuple(sampled))
+    group = replace(template, rollout=rollout, scores=template.scores[: len(sampled)])
+    batch = build([group], version=5)
+    micro_batch = collate(batch, range(len(sampled)))
+    width = batch.mask.shape[1]
+    for row, completion in enumerate(sampled):
+        num_tokens = len(completion.token_ids)
+        padding = [0] * (width - num_tokens)
+        versions = chain.from_iterable(
+            [run.policy_version] * run.num_tokens for run in completion.version_runs
+        )
+        expected_ages = [abs(5 - version) for version in versions]
+        assert batch.staleness[row].tolist() == expected_ages + padding
+        assert batch.behaviour_logprobs[row].tolist() == [*completion.behaviour_logprobs, *padding]
+        assert batch.mask[row].tolist() == [True] * num_tokens + [False] * len(padding)
+        advantage = array("f", [batch.rows[row].advantage] * num_tokens)
+        assert batch.advantages[row].tolist() == [*advantage, *padding]
+        tokens = [7, 2**31 - 1, *completion.token_ids]
+        assert micro_batch.input_ids[row].tolist() == [*tokens, *padding]
+    targets = [list(completion.token_ids) for completion in sampled]
+    assert micro_batch.targets.tolist() == list(chain.from_iterable(targets))
+    predicted = micro_batch.input_ids.flatten()[micro_batch.predictors + 1]
+    assert torch.equal(predicted, micro_batch.targets)
+
+
+def test_tensors_do_not_share_the_memory_of_records() -> None:
+    group = scored_group(3, [Outcome.PASS, Outcome.FAIL])
+    batch = build([group])
+    micro_batch = collate(batch, [0, 1])
+    for tensor in (micro_batch.input_ids, micro_batch.targets, batch.behaviour_logprobs):
+        tensor.zero_()
+    assert group == replace(group, rollout=scored_group(3, [Outcome.PASS, Outcome.FAIL]).rollout)
 
 
 def test_spreading_puts_values_in_rows_and_their_gradient_back() -> None:
