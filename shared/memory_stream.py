@@ -1,4 +1,4 @@
-"""The in-memory twin of `shared.stream.RedisStream`, for tests; it passes the same contract."""
+"""The in-memory twin of `shared.redis_stream`, for tests; it passes the same contract."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from shared.stream import Depth, Entry, Stream
+from shared.stream import Bounds, Depth, Entry, Stream
 
 
 @dataclass(slots=True)
@@ -19,18 +19,28 @@ class _Message:
 
 
 class MemoryStream:
-    """`Stream` within one process and event loop."""
+    """`Stream` within one process and event loop.
 
-    def __init__(self, *, name: str, capacity: int) -> None:
+    Args:
+        capacity: entries it may hold.
+        capacity_bytes: of payload; the default is more than any test puts.
+    """
+
+    def __init__(self, *, name: str, capacity: int, capacity_bytes: int = 1 << 30) -> None:
         self.name = name
-        self.capacity = capacity
+        self.bounds = Bounds(capacity, capacity_bytes)
         self._messages: dict[str, _Message] = {}
+        self._calls: set[str] = set()
         self._next = 0
         self._arrived = asyncio.Event()
 
-    async def put(self, payload: bytes) -> bool:
-        if len(self._messages) >= self.capacity:
+    async def put(self, payload: bytes, *, once: str | None = None) -> bool:
+        if once is not None and once in self._calls:
+            return True
+        if (await self.depth()).reaches(self.bounds):
             return False
+        if once is not None:
+            self._calls.add(once)
         self._next += 1
         self._messages[str(self._next)] = _Message(payload)
         self._arrived.set()
@@ -56,6 +66,9 @@ class MemoryStream:
     async def peek(self) -> list[bytes]:
         return [message.payload for message in self._messages.values()]
 
+    async def browse(self) -> list[Entry]:
+        return [Entry(id, message.payload, 0) for id, message in self._messages.items()]
+
     async def acknowledge(self, ids: Sequence[str]) -> None:
         for id in ids:
             self._messages.pop(id, None)
@@ -69,21 +82,32 @@ class MemoryStream:
         return True
 
     async def reclaim(
-        self, consumer: str, *, idle_seconds: float, alive: Collection[str], count: int
+        self,
+        consumer: str,
+        *,
+        idle_seconds: float,
+        alive: Collection[str],
+        count: int,
+        held: Collection[str] | None = None,
     ) -> list[Entry]:
         before = time.monotonic() - idle_seconds
         orphans = [
             id
             for id, message in self._messages.items()
             if message.consumer is not None
-            and message.consumer not in alive
             and message.delivered_at <= before
+            and (
+                id not in held
+                if message.consumer == consumer and held is not None
+                else message.consumer not in alive
+            )
         ]
         return self._deliver(consumer, orphans[:count])
 
     async def depth(self) -> Depth:
         pending = sum(message.consumer is not None for message in self._messages.values())
-        return Depth(waiting=len(self._messages) - pending, pending=pending)
+        num_bytes = sum(len(message.payload) for message in self._messages.values())
+        return Depth(len(self._messages) - pending, pending, num_bytes)
 
     def _deliver(self, consumer: str, ids: Sequence[str]) -> list[Entry]:
         delivered = []

@@ -42,6 +42,12 @@ QUEUE_LENGTH = Gauge(
 QUEUE_CAPACITY = Gauge(
     "isentrope_queue_capacity_messages", "Messages a stream may hold.", ["stream"]
 )
+QUEUE_BYTES = Gauge(
+    "isentrope_queue_bytes", "Payload of a stream's messages, waiting and pending.", ["stream"]
+)
+QUEUE_CAPACITY_BYTES = Gauge(
+    "isentrope_queue_capacity_bytes", "Payload at which a stream is full.", ["stream"]
+)
 QUEUE_LAG = Gauge(
     "isentrope_queue_lag_messages", "Messages never delivered to a consumer.", ["stream"]
 )

@@ -12,9 +12,10 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Collection
 
+from shared.dead_letters import bury
 from shared.errors import StreamError
 from shared.lease import Registry, Role
-from shared.metrics import BACKPRESSURE_SECONDS, DEAD_LETTERED, REDELIVERED
+from shared.metrics import BACKPRESSURE_SECONDS, REDELIVERED
 from shared.stream import Entry, Stream, finish_when_room
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ RETRY_SECONDS = 1.0
 
 
 class UnworkableError(Exception):
-    """An entry that no attempt will make anything of; the reason goes to the log."""
+    """An entry that no attempt will make anything of; the reason goes with it."""
 
 
 Work = Callable[[Entry], Awaitable[bytes | None]]
@@ -62,6 +63,7 @@ class Stage:
         self._max_attempts = max_attempts
         self._on_idle = on_idle
         self._in_flight: set[asyncio.Task[None]] = set()
+        self._held: set[str] = set()
 
     @property
     def num_in_flight(self) -> int:
@@ -77,7 +79,9 @@ class Stage:
         while await gate():
             try:
                 if backlog is None:
-                    backlog = await self._source.pending(self._name)
+                    left = await self._source.pending(self._name)
+                    backlog = [entry for entry in left if entry.id not in self._held]
+                    self._held.update(entry.id for entry in backlog)
                 await self._take(backlog)
             except StreamError as error:
                 logger.warning("%s is out of reach, trying again: %s", self._source.name, error)
@@ -95,12 +99,15 @@ class Stage:
             await asyncio.wait(late)
 
     async def adopt(self, *, idle_seconds: float, alive: Collection[str]) -> None:
-        """Take over entries of consumers that died, as far as there are places."""
+        """Take over entries of consumers that died, as far as there are places.
+
+        And those that this one claimed without knowing it: the claim's reply was lost.
+        """
         free = self._max_in_flight - len(self._in_flight)
         if free <= 0:
             return
         entries = await self._source.reclaim(
-            self._name, idle_seconds=idle_seconds, alive=alive, count=free
+            self._name, idle_seconds=idle_seconds, alive=alive, count=free, held=self._held
         )
         REDELIVERED.labels(stream=self._source.name).inc(len(entries))
         for entry in entries:
@@ -131,41 +138,59 @@ class Stage:
         return entries
 
     def _start(self, entry: Entry) -> None:
+        self._held.add(entry.id)
         task = asyncio.create_task(self._complete(entry), name=f"group {entry.id}")
         self._in_flight.add(task)
         task.add_done_callback(self._in_flight.discard)
 
     async def _complete(self, entry: Entry) -> None:
         try:
+            await self._attempt(entry)
+        finally:
+            self._held.discard(entry.id)
+
+    async def _attempt(self, entry: Entry) -> None:
+        try:
             if entry.deliveries > self._max_attempts:
-                raise UnworkableError(f"delivered {entry.deliveries} times")
+                raise UnworkableError(
+                    f"delivered {entry.deliveries} times and never finished: whoever worked on it"
+                    " died or was cut off"
+                )
             payload = await self._work(entry)
         except UnworkableError as error:
             await self._bury(entry, str(error))
-        except Exception:
+        except Exception as error:
             logger.exception("could not work on entry %s of %s", entry.id, self._source.name)
-            await self._bury(entry, "see the error above")
+            await self._bury(entry, f"{type(error).__name__}: {error}")
         else:
             if payload is not None:
-                await self._hand_on(entry, self._output, payload)
+                await self._hand_on(entry, payload)
 
     async def _bury(self, entry: Entry, reason: str) -> None:
-        logger.error("dead letter from %s: %s", self._source.name, reason)
-        DEAD_LETTERED.labels(stream=self._source.name).inc()
-        await self._hand_on(entry, self._dead_letter, entry.payload)
+        await _however_long(
+            lambda: bury(entry, self._source, self._dead_letter, error=reason),
+            self._dead_letter.name,
+        )
 
-    async def _hand_on(self, entry: Entry, output: Stream, payload: bytes) -> None:
-        """Finish the entry, however long Redis or the room for it takes."""
-        waited = BACKPRESSURE_SECONDS.labels(stream=output.name).inc
-        while True:
-            try:
-                await finish_when_room(
-                    self._source, entry, output=output, payload=payload, on_wait=waited
-                )
-                return
-            except StreamError as error:
-                logger.warning("%s is out of reach, trying again: %s", output.name, error)
-                await asyncio.sleep(RETRY_SECONDS)
+    async def _hand_on(self, entry: Entry, payload: bytes) -> None:
+        waited = BACKPRESSURE_SECONDS.labels(stream=self._output.name).inc
+        await _however_long(
+            lambda: finish_when_room(
+                self._source, entry, output=self._output, payload=payload, on_wait=waited
+            ),
+            self._output.name,
+        )
+
+
+async def _however_long(finish: Callable[[], Awaitable[None]], name: str) -> None:
+    """Finish an entry, however long Redis is away."""
+    while True:
+        try:
+            await finish()
+            return
+        except StreamError as error:
+            logger.warning("%s is out of reach, trying again: %s", name, error)
+            await asyncio.sleep(RETRY_SECONDS)
 
 
 async def adopt_orphans(

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from shared.redis_server import embedded_redis
-from shared.stream import Streams, open_streams
+from shared.redis_stream import Streams, open_streams
+from shared.stream import Bounds
 
 
 @pytest.fixture(scope="session")
@@ -24,8 +25,8 @@ async def streams(redis_url: str) -> AsyncIterator[Streams]:
     async with open_streams(
         redis_url,
         run_id=f"test-{secrets.token_hex(4)}",
-        max_prompts=8,
-        max_groups=8,
+        prompts=Bounds(8, 1000),
+        groups=Bounds(8, 1000),
         timeout_seconds=5.0,
     ) as opened:
         yield opened

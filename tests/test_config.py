@@ -54,6 +54,15 @@ def test_every_run_file_that_is_shipped_is_valid(path: Path) -> None:
             "redis.max_groups = 4096: `scored` holds up to",
         ),
         (
+            RUN + "[warmup]\n[redis]\nmax_prompts_mib = 1\n",
+            "redis.max_prompts_mib = 1: 148 prompts of model.max_length = 4096 tokens may take 3;",
+        ),
+        (
+            RUN + "[warmup]\n[redis]\nmax_groups_mib = 1\n",
+            "redis.max_groups_mib = 1: one batch of 16 groups may take 2; raise it, or lower",
+        ),
+        (RUN + "[warmup]\n[redis]\nmax_groups_mib = 0\n", "redis.max_groups_mib = 0: input should"),
+        (
             RUN + '[warmup]\n[policy_loss]\nloss_mode = "kl_cov"\nkl_cov_ratio = 0.2\n',
             "policy_loss.kl_cov_ratio = 0.2: a share of tokens, the paper has",
         ),

@@ -7,27 +7,31 @@ from collections.abc import Callable
 
 import pytest
 
-from shared.errors import StartError
+from shared.errors import StartError, StreamError
 from shared.memory_stream import MemoryStream
-from shared.stream import (
-    Depth,
-    Stream,
-    Streams,
-    finish_when_room,
-    open_streams,
-    put_when_room,
-    shown,
-)
+from shared.redis_connection import shown
+from shared.redis_stream import Streams, open_streams
+from shared.stream import Bounds, Depth, Stream, finish_when_room, put_when_room
 
 Pair = Callable[[], tuple[Stream, Stream]]
 
 
 @pytest.fixture(params=["redis", "memory"])
 def pair(request: pytest.FixtureRequest, streams: Streams) -> tuple[Stream, Stream]:
-    """An input and an output stream of capacity 8 each."""
+    """An input and an output stream of 8 entries and 1000 bytes each."""
     if request.param == "redis":
         return streams.prompts, streams.rollouts
-    return MemoryStream(name="prompts", capacity=8), MemoryStream(name="rollouts", capacity=8)
+    prompts, rollouts = (
+        MemoryStream(name=name, capacity=8, capacity_bytes=1000) for name in ("prompts", "rollouts")
+    )
+    return prompts, rollouts
+
+
+async def bytes_in(stream: Stream) -> int:
+    """What the stream says it holds, which must be what it does hold."""
+    num_bytes = (await stream.depth()).num_bytes
+    assert num_bytes == sum(map(len, await stream.peek()))
+    return num_bytes
 
 
 async def test_entries_come_out_in_the_order_they_went_in(pair: tuple[Stream, Stream]) -> None:
@@ -57,6 +61,120 @@ async def test_a_full_stream_refuses_and_keeps_everything(pair: tuple[Stream, St
     assert all([await stream.put(b"%d" % number) for number in range(8)])
     assert not await stream.put(b"one too many")
     assert await stream.peek() == [b"%d" % number for number in range(8)]
+
+
+async def test_a_stream_is_full_in_bytes_before_it_is_in_entries(
+    pair: tuple[Stream, Stream],
+) -> None:
+    stream, _ = pair
+    assert await stream.put(b"x" * 400)
+    assert await stream.put(b"x" * 599)
+    assert await stream.put(b"passes the bound")
+    assert not await stream.put(b"")
+    assert (await stream.depth()).reaches(stream.bounds)
+    assert await bytes_in(stream) == 1015
+
+
+async def test_a_payload_above_the_bound_goes_where_there_is_room(
+    pair: tuple[Stream, Stream],
+) -> None:
+    stream, _ = pair
+    assert await stream.put(b"x" * 5000)
+    assert not await stream.put(b"")
+
+
+async def test_two_producers_cannot_both_take_the_last_place(pair: tuple[Stream, Stream]) -> None:
+    stream, _ = pair
+    for _ in range(7):
+        await stream.put(b"x")
+    taken = await asyncio.gather(*(stream.put(b"y") for _ in range(20)))
+    assert sum(taken) == 1
+    assert (await stream.depth()).waiting == 8
+
+
+async def test_bytes_are_exact_wherever_entries_go(pair: tuple[Stream, Stream]) -> None:
+    stream, output = pair
+    for size in (10, 20, 30, 40):
+        await stream.put(b"x" * size)
+    first, second = await stream.claim("one", count=2, wait_seconds=0.1)
+    assert await bytes_in(stream) == 100
+    await stream.acknowledge([first.id, first.id, "7-7"])
+    assert await bytes_in(stream) == 90
+    await stream.pending("one")
+    await stream.reclaim("two", idle_seconds=0.0, alive={"two"}, count=9)
+    assert await bytes_in(stream) == 90
+    for _ in range(2):
+        await stream.finish(second, output=output, payload=b"z" * 7)
+    await stream.acknowledge([second.id])
+    assert (await bytes_in(stream), await bytes_in(output)) == (70, 7)
+    for entry in await stream.claim("one", count=9, wait_seconds=0.1):
+        await stream.acknowledge([entry.id])
+    assert await bytes_in(stream) == 0
+
+
+async def test_finish_waits_for_bytes_too_and_then_changes_nothing(
+    pair: tuple[Stream, Stream],
+) -> None:
+    stream, output = pair
+    await output.put(b"x" * 1000)
+    await stream.put(b"in")
+    (entry,) = await stream.claim("one", count=1, wait_seconds=0.1)
+    assert not await stream.finish(entry, output=output, payload=b"")
+    assert await stream.depth() == Depth(waiting=0, pending=1)
+    assert (await bytes_in(stream), await bytes_in(output)) == (2, 1000)
+
+
+async def test_a_call_that_is_repeated_appends_once(pair: tuple[Stream, Stream]) -> None:
+    stream, _ = pair
+    assert await stream.put(b"a", once="first")
+    assert await stream.put(b"a", once="first")
+    assert await stream.put(b"a", once="second")
+    assert await stream.peek() == [b"a", b"a"]
+
+
+async def test_a_repeated_call_is_true_though_the_stream_is_full_or_has_moved_on(
+    pair: tuple[Stream, Stream],
+) -> None:
+    stream, _ = pair
+    assert await stream.put(b"x" * 1000, once="call")
+    assert await stream.put(b"x" * 1000, once="call")
+    (entry,) = await stream.claim("one", count=1, wait_seconds=0.1)
+    await stream.acknowledge([entry.id])
+    assert await stream.put(b"x" * 1000, once="call")
+    assert await stream.peek() == []
+
+
+async def test_a_call_that_was_refused_may_be_repeated(pair: tuple[Stream, Stream]) -> None:
+    stream, _ = pair
+    await stream.put(b"x" * 1000)
+    assert not await stream.put(b"late", once="call")
+    (entry,) = await stream.claim("one", count=1, wait_seconds=0.1)
+    await stream.acknowledge([entry.id])
+    assert await stream.put(b"late", once="call")
+    assert await stream.peek() == [b"late"]
+
+
+async def test_browsing_shows_every_entry_and_changes_nothing(
+    pair: tuple[Stream, Stream],
+) -> None:
+    stream, _ = pair
+    for payload in (b"a", b"b"):
+        await stream.put(payload)
+    (claimed,) = await stream.claim("one", count=1, wait_seconds=0.1)
+    seen = await stream.browse()
+    assert [(entry.payload, entry.deliveries) for entry in seen] == [(b"a", 0), (b"b", 0)]
+    assert seen[0].id == claimed.id
+    assert await stream.depth() == Depth(waiting=1, pending=1)
+
+
+async def test_an_entry_that_was_never_claimed_can_be_moved_on(pair: tuple[Stream, Stream]) -> None:
+    stream, output = pair
+    await stream.put(b"in")
+    (entry,) = await stream.browse()
+    moved = [await stream.finish(entry, output=output, payload=b"out") for _ in range(2)]
+    assert moved == [True, True]
+    assert await stream.claim("one", count=1, wait_seconds=0.01) == []
+    assert await output.peek() == [b"out"]
 
 
 async def test_an_unacknowledged_entry_is_delivered_again_in_order(
@@ -131,6 +249,22 @@ async def test_an_entry_that_is_not_idle_yet_is_left_alone(pair: tuple[Stream, S
     assert await stream.reclaim("heir", idle_seconds=60.0, alive={"heir"}, count=9) == []
 
 
+async def test_an_entry_that_a_consumer_does_not_know_it_has_is_delivered_again(
+    pair: tuple[Stream, Stream],
+) -> None:
+    stream, _ = pair
+    for payload in (b"a", b"b", b"c"):
+        await stream.put(payload)
+    (known,) = await stream.claim("one", count=1, wait_seconds=0.1)
+    await stream.claim("one", count=1, wait_seconds=0.1)  # this reply was lost
+    await stream.claim("two", count=1, wait_seconds=0.1)
+    own = await stream.reclaim(
+        "one", idle_seconds=0.0, alive={"one", "two"}, count=9, held={known.id}
+    )
+    assert [(entry.payload, entry.deliveries) for entry in own] == [(b"b", 2)]
+    assert await stream.reclaim("one", idle_seconds=0.0, alive={"one", "two"}, count=9) == []
+
+
 async def test_depth_tells_waiting_from_pending(pair: tuple[Stream, Stream]) -> None:
     stream, _ = pair
     for _ in range(3):
@@ -152,6 +286,29 @@ async def test_a_producer_waits_for_room_and_counts_the_wait(pair: tuple[Stream,
     await asyncio.wait_for(putting, 5.0)
     assert (await stream.peek())[-1] == b"late"
     assert sum(waited) > 0
+
+
+async def test_who_waits_for_room_gives_up_at_the_deadline_and_says_why(
+    pair: tuple[Stream, Stream],
+) -> None:
+    stream, output = pair
+    await output.put(b"x" * 1000)
+    await stream.put(b"in")
+    (entry,) = await stream.claim("one", count=1, wait_seconds=0.1)
+    waits: list[float] = []
+    for waiting in (
+        put_when_room(output, b"y", timeout_seconds=0.12, on_wait=waits.append),
+        finish_when_room(
+            stream, entry, output=output, payload=b"y", timeout_seconds=0.12, on_wait=waits.append
+        ),
+    ):
+        waits.clear()
+        with pytest.raises(StreamError, match=r"rollouts is full, and was for 0\.12 s") as refused:
+            await asyncio.wait_for(waiting, 5.0)
+        assert refused.value.status == "DEADLINE_EXCEEDED"
+        assert 0.01 < sum(waits) < 0.5
+    assert await output.peek() == [b"x" * 1000]
+    assert await stream.depth() == Depth(waiting=0, pending=1)
 
 
 async def test_a_consumer_waits_for_room_in_its_output(pair: tuple[Stream, Stream]) -> None:
@@ -181,8 +338,11 @@ async def test_a_wiped_redis_is_an_empty_stream_not_an_error(streams: Streams) -
 
 async def test_a_redis_that_is_not_there_is_named_without_its_password() -> None:
     url = "redis://user:secret@127.0.0.1:1/0"
+    bounds = Bounds(1, 1)
     with pytest.raises(StartError, match="no answer") as refused:
-        async with open_streams(url, run_id="r", max_prompts=1, max_groups=1, timeout_seconds=0.5):
+        async with open_streams(
+            url, run_id="r", prompts=bounds, groups=bounds, timeout_seconds=0.5
+        ):
             pass
     assert "secret" not in str(refused.value)
     assert shown(url) == "redis://user:***@127.0.0.1:1/0"

@@ -54,6 +54,14 @@ def _parser() -> argparse.ArgumentParser:
         one = commands.add_parser(name, help=text)
         one.add_argument("folder", type=Path, help="the run's folder")
         one.set_defaults(command=command)
+    dead = commands.add_parser(
+        "dead-letters", help="list what a running run gave up, put it back, or drop it"
+    )
+    dead.add_argument("folder", type=Path, help="the run's folder")
+    deed = dead.add_mutually_exclusive_group()
+    deed.add_argument("--requeue", metavar="ID|all", help="back to the stream it came from")
+    deed.add_argument("--drop", metavar="ID|all", help="forget it")
+    dead.set_defaults(command=_dead_letters)
     check = commands.add_parser("check", help="say whether a run file is right, and what it means")
     check.add_argument("file", type=Path, help="the run file (TOML)")
     check.set_defaults(command=_check)
@@ -87,6 +95,20 @@ def _status(given: argparse.Namespace) -> int:
     from services.cli.status import print_status
 
     print_status(existing_run(given.folder))
+    return 0
+
+
+def _dead_letters(given: argparse.Namespace) -> int:
+    from services.cli.dead_letters import drop, requeue, show
+    from services.cli.run_folder import existing_run
+
+    folder = existing_run(given.folder)
+    if given.requeue is not None:
+        requeue(folder, given.requeue)
+    elif given.drop is not None:
+        drop(folder, given.drop)
+    else:
+        show(folder)
     return 0
 
 

@@ -16,8 +16,9 @@ from protos import verifier_pb2 as verifier_pb
 from services.cli.measurements import Row, RowReader
 from shared.errors import PeerError, StreamError
 from shared.lease import Member, Registry
+from shared.redis_connection import connect
+from shared.redis_stream import key_prefix
 from shared.rpc import call, open_channel
-from shared.stream import connect, key_prefix
 
 _CALL_SECONDS = 2.0
 _STATE_PREFIX = "REPLICA_STATE_"

@@ -18,7 +18,7 @@ def print_status(folder: RunFolder) -> None:
     Raises:
         StartError: nothing of this run runs.
     """
-    view = asyncio.run(_look(folder, _redis_url(folder)))
+    view = asyncio.run(_look(folder, redis_url_of(folder)))
     if not view.services:
         reason = view.trouble or "no service holds a lease"
         raise StartError(f"{folder.path}: nothing runs ({reason}); {_remedy(folder)}")
@@ -33,7 +33,12 @@ async def _look(folder: RunFolder, redis_url: str) -> View:
         await observer.close()
 
 
-def _redis_url(folder: RunFolder) -> str:
+def redis_url_of(folder: RunFolder) -> str:
+    """Where the Redis of a run that runs is.
+
+    Raises:
+        StartError: the run does not run.
+    """
     try:
         return folder.redis_url_file.read_text("utf8").strip()
     except FileNotFoundError:

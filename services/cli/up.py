@@ -38,8 +38,8 @@ from services.cli.run_folder import RunFolder, new_run, resumed_run
 from services.cli.supervisor import Child, ServiceDiedError, Supervisor
 from services.cli.watch import Watch
 from shared.config import Environment, RunConfig, load_run_with_notices
+from shared.redis_connection import check_server
 from shared.redis_server import RedisServer, prepare_redis, until_redis_answers
-from shared.stream import check_server
 from shared.tokenizer import check_model_path
 
 INTERRUPTED = 130

@@ -30,8 +30,10 @@ from shared.metrics import (
     serve_metrics,
 )
 from shared.process import ServiceArguments
+from shared.redis_connection import check_server
+from shared.redis_stream import Streams, open_streams
 from shared.rpc import serve
-from shared.stream import Streams, check_server, open_streams
+from shared.stream import Bounds
 from shared.tasks.registry import load_task
 from shared.tasks.task import Problem
 from shared.tokenizer import Tokenizer
@@ -71,13 +73,13 @@ async def _lead(
     given: ServiceArguments, stop: asyncio.Event, engine: LearnerEngine, on_engine: OnEngine
 ) -> None:
     """Rank 0: serve, hold the lease, run the loop."""
-    config, network = given.config, given.config.network
+    config, network, redis = given.config, given.config.network, given.config.redis
     metrics_port = _serve_metrics(given)
     async with open_streams(
         given.redis_url,
         run_id=given.run_id,
-        max_prompts=config.redis.max_prompts,
-        max_groups=config.redis.max_groups,
+        prompts=Bounds(redis.max_prompts, redis.max_prompts_bytes),
+        groups=Bounds(redis.max_groups, redis.max_groups_bytes),
         timeout_seconds=network.call_timeout_seconds,
     ) as streams:
         learner = _wire(given, streams, engine, on_engine)

@@ -21,8 +21,9 @@ from shared.config import RunConfig
 from shared.errors import StreamError
 from shared.metrics import BACKPRESSURE_SECONDS, LEARNER_REISSUED
 from shared.records import GroupUid, PromptGroup, Purpose
+from shared.redis_stream import Streams
 from shared.rl.staleness import admissible
-from shared.stream import Stream, Streams, put_when_room
+from shared.stream import Stream, put_when_room
 from shared.tasks.task import Problem
 from shared.tokenizer import Tokenizer
 

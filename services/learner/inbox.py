@@ -11,6 +11,7 @@ https://arxiv.org/abs/2503.14476) it is skipped and another prompt takes its pla
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection
 from typing import Any
@@ -19,16 +20,20 @@ from services.learner.evaluation import Evaluator
 from services.learner.feeder import Feeder
 from services.learner.ledger import Ledger
 from shared.codec import decode_scored_group
+from shared.dead_letters import bury
 from shared.errors import StreamError
-from shared.metrics import DEAD_LETTERED, LEARNER_DEGENERATE, LEARNER_DROPPED
+from shared.metrics import LEARNER_DEGENERATE, LEARNER_DROPPED
 from shared.records import Outcome, Purpose, ScoredGroup
 from shared.rl.staleness import staleness
-from shared.stream import Entry, Stream, put_when_room
+from shared.stream import Entry, Stream
 
 logger = logging.getLogger(__name__)
 
 CONSUMER = "learner"
 CLAIM_WAIT_SECONDS = 0.5
+LOST_SECONDS = 30.0
+"""An entry claimed this long ago that this process does not know of: the reply was lost."""
+
 MIN_JUDGED = 2
 
 
@@ -68,6 +73,8 @@ class Inbox:
         self._max_degenerate_batches = max_degenerate_batches
         self._backlog: deque[Entry] = deque()
         self._unacknowledged: list[str] = []
+        self._held: set[str] = set()
+        self._looked_at = time.monotonic()
 
     @property
     def num_unacknowledged(self) -> int:
@@ -76,7 +83,9 @@ class Inbox:
 
     async def recover(self) -> None:
         """After a crash: what was claimed and not acknowledged comes first, in its old order."""
-        self._backlog.extend(await self._scored.pending(CONSUMER))
+        entries = await self._scored.pending(CONSUMER)
+        self._backlog.extend(entries)
+        self._held.update(entry.id for entry in entries)
         logger.info("reads %d pending entries again", len(self._backlog))
 
     async def take_batch(
@@ -126,12 +135,20 @@ class Inbox:
     async def acknowledge(self) -> None:
         """A checkpoint contains the effect of everything taken so far."""
         await self._scored.acknowledge(self._unacknowledged)
+        self._held.difference_update(self._unacknowledged)
         self._unacknowledged.clear()
 
     async def _next(self, count: int) -> list[Entry]:
         if self._backlog:
             return [self._backlog.popleft() for _ in range(min(count, len(self._backlog)))]
-        return await self._scored.claim(CONSUMER, count=count, wait_seconds=CLAIM_WAIT_SECONDS)
+        entries = await self._scored.claim(CONSUMER, count=count, wait_seconds=CLAIM_WAIT_SECONDS)
+        if not entries and time.monotonic() - self._looked_at > LOST_SECONDS / 3:
+            self._looked_at = time.monotonic()
+            entries = await self._scored.reclaim(
+                CONSUMER, idle_seconds=LOST_SECONDS, alive={CONSUMER}, count=count, held=self._held
+            )
+        self._held.update(entry.id for entry in entries)
+        return entries
 
     async def _sort(self, entry: Entry) -> ScoredGroup | None:
         """The training group in `entry`; what else it may be is dealt with here."""
@@ -208,10 +225,8 @@ class Inbox:
         LEARNER_DROPPED.labels(reason=reason).inc(len(group.scores))
 
     async def _bury(self, entry: Entry, error: StreamError) -> None:
-        logger.error("dead letter from scored: %s", error)
         LEARNER_DROPPED.labels(reason="malformed").inc()
-        DEAD_LETTERED.labels(stream=self._scored.name).inc()
-        await put_when_room(self._dead_letter, entry.payload)
+        await bury(entry, self._scored, self._dead_letter, error=str(error))
 
 
 def is_degenerate(group: ScoredGroup) -> bool:

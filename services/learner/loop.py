@@ -48,7 +48,7 @@ from shared.config import RunConfig
 from shared.errors import CheckpointError, StreamError
 from shared.metrics import LEARNER_CHECKPOINTS, LEARNER_PHASE, LearnerGauges
 from shared.records import ScoredGroup
-from shared.stream import Streams
+from shared.redis_stream import Streams
 
 logger = logging.getLogger(__name__)
 
@@ -263,8 +263,8 @@ class Learner:
         What was taken stays on `scored` until a checkpoint; groups that dynamic sampling replaces
         are not foreseen in its size.
         """
-        depth = await self.streams.scored.depth()
-        is_full = depth.waiting + depth.pending >= self.streams.scored.capacity
+        scored = self.streams.scored
+        is_full = (await scored.depth()).reaches(scored.bounds)
         if is_full and self.inbox.num_unacknowledged:
             logger.info("checkpoints early: `scored` is full of what was taken")
             await self._try_checkpoint()

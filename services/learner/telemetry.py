@@ -19,14 +19,16 @@ from shared.metrics import (
     LEARNER_STEP_SECONDS,
     LEARNER_STEPS,
     LEARNER_TOKENS,
+    QUEUE_BYTES,
     QUEUE_CAPACITY,
+    QUEUE_CAPACITY_BYTES,
     QUEUE_LAG,
     QUEUE_LENGTH,
     QUEUE_OLDEST,
     QUEUE_PENDING,
 )
 from shared.records import ScoredGroup
-from shared.stream import Streams
+from shared.redis_stream import Streams
 
 
 def count_step(
@@ -113,7 +115,9 @@ async def observe_queues(streams: Streams) -> dict[str, int]:
         QUEUE_LENGTH.labels(stream=stream.name).set(depth.waiting + depth.pending)
         QUEUE_LAG.labels(stream=stream.name).set(depth.waiting)
         QUEUE_PENDING.labels(stream=stream.name).set(depth.pending)
-        QUEUE_CAPACITY.labels(stream=stream.name).set(stream.capacity)
+        QUEUE_BYTES.labels(stream=stream.name).set(depth.num_bytes)
+        QUEUE_CAPACITY.labels(stream=stream.name).set(stream.bounds.max_items)
+        QUEUE_CAPACITY_BYTES.labels(stream=stream.name).set(stream.bounds.max_bytes)
         QUEUE_OLDEST.labels(stream=stream.name).set(depth.oldest_pending_seconds)
     return waiting
 

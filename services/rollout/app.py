@@ -16,9 +16,11 @@ from shared.errors import EngineError
 from shared.lease import Registry
 from shared.metrics import describe_process, serve_metrics
 from shared.process import ServiceArguments
+from shared.redis_connection import check_server
+from shared.redis_stream import Streams, open_streams
 from shared.rpc import serve
 from shared.stage import adopt_orphans
-from shared.stream import Streams, check_server, open_streams
+from shared.stream import Bounds
 from shared.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -38,8 +40,8 @@ async def serve_replica(given: ServiceArguments, stop: asyncio.Event) -> None:
         async with open_streams(
             given.redis_url,
             run_id=given.run_id,
-            max_prompts=redis.max_prompts,
-            max_groups=redis.max_groups,
+            prompts=Bounds(redis.max_prompts, redis.max_prompts_bytes),
+            groups=Bounds(redis.max_groups, redis.max_groups_bytes),
             timeout_seconds=given.config.network.call_timeout_seconds,
         ) as streams:
             await _serve(given, stop, engine, streams, tokenizer.stop_token_ids)

@@ -143,7 +143,7 @@ class Sampler:
         try:
             group = decode_prompt_group(entry.payload)
             rollout = await self._sample_confirmed(group)
-        except (StreamError, ValueError, EngineError) as error:
+        except (StreamError, ValueError) as error:
             raise UnworkableError(str(error)) from None
         if rollout is None:
             return None
@@ -166,7 +166,7 @@ class Sampler:
                 logger.warning("group %s failed, sampling again: %s", group.uid, error)
                 failures += 1
                 if failures == self._max_attempts:
-                    raise
+                    raise UnworkableError(f"failed {failures} times: {error}") from None
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
             versions = {run.policy_version for each in completions for run in each.version_runs}

@@ -13,9 +13,11 @@ from services.verifier.worker import Worker
 from shared.lease import Registry
 from shared.metrics import describe_process, serve_metrics
 from shared.process import ServiceArguments
+from shared.redis_connection import check_server
+from shared.redis_stream import Streams, open_streams
 from shared.rpc import serve
 from shared.stage import adopt_orphans
-from shared.stream import Streams, check_server, open_streams
+from shared.stream import Bounds
 from shared.tasks.registry import load_task
 from shared.tokenizer import Tokenizer
 
@@ -24,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 async def serve_verifier(given: ServiceArguments, stop: asyncio.Event) -> None:
     """From the check of the scorer to the last group in flight."""
-    config = given.config
+    config, redis = given.config, given.config.redis
     task = load_task(config.task.name, config.task.params)
     await check_server(given.redis_url, timeout_seconds=config.network.call_timeout_seconds)
     tokenizer = Tokenizer(config.model_path)
@@ -33,8 +35,8 @@ async def serve_verifier(given: ServiceArguments, stop: asyncio.Event) -> None:
         open_streams(
             given.redis_url,
             run_id=given.run_id,
-            max_prompts=config.redis.max_prompts,
-            max_groups=config.redis.max_groups,
+            prompts=Bounds(redis.max_prompts, redis.max_prompts_bytes),
+            groups=Bounds(redis.max_groups, redis.max_groups_bytes),
             timeout_seconds=config.network.call_timeout_seconds,
         ) as streams,
     ):

@@ -36,6 +36,13 @@ from shared.config.services import (
     WeightsConfig,
 )
 
+_PROMPT_TOKEN_BYTES = 4
+_COMPLETION_TOKEN_BYTES = 10
+"""A token on the wire: its id; with a log-probability and the versions that sampled it."""
+
+_MESSAGE_BYTES = 1024
+"""What a message holds beside its tokens."""
+
 
 class RunSection(Section):
     """The run itself."""
@@ -102,6 +109,18 @@ class RunConfig(Section):
         trained = steps * self.learner.groups_per_batch
         return trained + self.max_outstanding + evaluations * evaluation.num_problems
 
+    @property
+    def _max_prompt_bytes(self) -> int:
+        """What a prompt group takes at most on the wire, an ordinary answer included."""
+        return self.model.max_length * _PROMPT_TOKEN_BYTES + _MESSAGE_BYTES
+
+    @property
+    def _max_group_bytes(self) -> int:
+        """What a scored group takes at most on the wire."""
+        size = max(self.rollout.group_size, self.evaluation.group_size)
+        completion = self.rollout.max_completion_tokens * _COMPLETION_TOKEN_BYTES + _MESSAGE_BYTES
+        return self._max_prompt_bytes + size * completion
+
     @model_validator(mode="after")
     def _there_is_a_model(self) -> Self:
         if self.model.path is None and self.warmup is None:
@@ -165,6 +184,29 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _the_streams_have_room_in_bytes(self) -> Self:
+        """Nobody but the learner empties `scored`, and it needs a batch there, all at once.
+
+        Beyond that it checkpoints early when the stream is full; the feeder must never wait.
+        """
+        redis, num_prompts = self.redis, self.max_outstanding + self.evaluation.num_problems
+        num_groups = self.learner.groups_per_batch
+        prompts_mib = _in_mib(num_prompts * self._max_prompt_bytes)
+        groups_mib = _in_mib(num_groups * self._max_group_bytes)
+        if prompts_mib > redis.max_prompts_mib:
+            raise ValueError(
+                f"redis.max_prompts_mib = {redis.max_prompts_mib}: {num_prompts} prompts of"
+                f" model.max_length = {self.model.max_length} tokens may take {prompts_mib};"
+                " raise it"
+            )
+        if groups_mib > redis.max_groups_mib:
+            raise ValueError(
+                f"redis.max_groups_mib = {redis.max_groups_mib}: one batch of {num_groups} groups"
+                f" may take {groups_mib}; raise it, or lower rollout.max_completion_tokens"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _every_controller_controls(self) -> Self:
         for method, section in SECTION_OF_METHOD.items():
             if section in self.model_fields_set and self.entropy.method != method:
@@ -196,3 +238,7 @@ class RunConfig(Section):
                 f" [{keys}] = [{low}, {high}]"
             )
         return self
+
+
+def _in_mib(num_bytes: int) -> int:
+    return -(-num_bytes >> 20)

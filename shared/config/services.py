@@ -48,14 +48,31 @@ class RedisConfig(Section):
     max_prompts: Count = 4096
     """Groups that may wait on `prompts`; the feeder waits beyond."""
 
+    max_prompts_mib: Count = 256
+    """Payload at which `prompts` is full as well, in MiB."""
+
     max_groups: Count = 4096
     """Groups that may wait on `rollouts` and on `scored`; producers wait beyond."""
+
+    max_groups_mib: Count = 1024
+    """Payload at which each of `rollouts`, `scored` and `dead_letter` is full as well, in MiB.
+    Give the server 1.3 times this, three times over, and `max_prompts_mib`."""
 
     max_attempts: Count = 5
     """Deliveries of one entry before it goes to `dead_letter`."""
 
     reclaim_seconds: Seconds = 30.0
     """An entry claimed this long ago by a consumer whose lease ended is given to another."""
+
+    @property
+    def max_prompts_bytes(self) -> int:
+        """`max_prompts_mib` in bytes."""
+        return self.max_prompts_mib << 20
+
+    @property
+    def max_groups_bytes(self) -> int:
+        """`max_groups_mib` in bytes."""
+        return self.max_groups_mib << 20
 
 
 class ModelConfig(Section):

@@ -28,8 +28,8 @@ from protos import (
     verifier_pb2_grpc,
 )
 from shared.lease import Registry
+from shared.redis_connection import connect
 from shared.rpc import serve
-from shared.stream import connect
 
 SLEEPER = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(120)"
 

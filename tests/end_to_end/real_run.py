@@ -29,7 +29,8 @@ from protos import learner_pb2_grpc, rollout_pb2_grpc
 from protos import rollout_pb2 as rollout_pb
 from services.cli.measurements import is_step, read_rows
 from shared.lease import Member, Registry
-from shared.stream import connect, key_prefix
+from shared.redis_connection import connect
+from shared.redis_stream import key_prefix
 
 RUN_ID = "run"
 PATIENCE_SECONDS = 240.0

@@ -14,6 +14,7 @@ from services.learner.inbox import Inbox, group_staleness, is_degenerate
 from services.learner.ledger import Ledger
 from shared.codec import decode_prompt_group, encode_scored_group
 from shared.config import parse_run
+from shared.dead_letters import decode_dead_letter
 from shared.memory_stream import MemoryStream
 from shared.metrics import LEARNER_DEGENERATE, LEARNER_DROPPED
 from shared.records import GroupUid, Outcome, Purpose, ScoredGroup
@@ -57,13 +58,17 @@ async def give_up(missing: int) -> None:
     raise WaitedError(missing)
 
 
+def stream(name: str) -> MemoryStream:
+    return MemoryStream(name=name, capacity=64)
+
+
 @dataclass
 class Scene:
     """An inbox over in-memory streams, with a real ledger, feeder and evaluator."""
 
-    prompts: MemoryStream = field(default_factory=lambda: MemoryStream(name="p", capacity=64))
-    scored: MemoryStream = field(default_factory=lambda: MemoryStream(name="s", capacity=64))
-    dead: MemoryStream = field(default_factory=lambda: MemoryStream(name="d", capacity=64))
+    prompts: MemoryStream = field(default_factory=lambda: stream("prompts"))
+    scored: MemoryStream = field(default_factory=lambda: stream("scored"))
+    dead: MemoryStream = field(default_factory=lambda: stream("dead_letter"))
     ledger: Ledger = field(default_factory=lambda: Ledger(run_id="run", num_problems=8, seed=1))
     evaluated: list[dict[str, float]] = field(default_factory=list)
     run: str = RUN
@@ -203,11 +208,22 @@ async def test_after_a_crash_pending_groups_come_first_in_their_old_order(scene:
     assert await scene.take(count=3) == [1, 0, 2]
 
 
+async def test_a_group_whose_claim_was_never_answered_is_found(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await scene.arrive(make_scored(0), make_scored(1))
+    await scene.scored.claim("learner", count=1, wait_seconds=0.1)  # this reply was lost
+    monkeypatch.setattr("services.learner.inbox.LOST_SECONDS", 0.0)
+    assert await scene.take(count=2) == [1, 0]
+
+
 async def test_an_entry_that_cannot_be_read_goes_to_dead_letter(scene: Scene) -> None:
     await scene.scored.put(b"poison")
     await scene.arrive(make_scored(0), make_scored(1))
     assert await scene.take() == [0, 1]
-    assert await scene.dead.peek() == [b"poison"]
+    (letter,) = map(decode_dead_letter, await scene.dead.peek())
+    assert (letter.stream, letter.payload, letter.deliveries) == ("scored", b"poison", 1)
+    assert letter.error
 
 
 def evaluated(problem: int, *outcomes: Outcome, attempt: int = 0) -> ScoredGroup:

@@ -6,15 +6,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from services.learner.evaluation import LawFit
 from services.learner.journal import Journal
 from services.learner.loop import Learner, Progress, _unanswered
+from shared.codec import encode_scored_group
 from shared.config import parse_run
 from shared.memory_stream import MemoryStream
 from shared.metrics import LearnerGauges
 from shared.records import Outcome
 from tests.factories import make_scored
 from tests.learner.test_inbox import RUN, SOLVED, Scene
+
+SIZE = len(encode_scored_group(make_scored(0)))
 
 
 async def test_a_caller_that_gave_up_waiting_for_a_checkpoint_is_not_answered() -> None:
@@ -57,10 +62,14 @@ def learner_of(scene: Scene, folder: Path) -> Learner:
     )
 
 
+@pytest.mark.parametrize(
+    ("capacity", "capacity_bytes"), [(3, 1 << 20), (64, 5 * SIZE // 2)], ids=["items", "bytes"]
+)
 async def test_replaced_groups_that_fill_the_stream_are_let_go_by_an_early_checkpoint(
-    tmp_path: Path,
+    tmp_path: Path, capacity: int, capacity_bytes: int
 ) -> None:
-    scene = Scene(scored=MemoryStream(name="s", capacity=3), replace_degenerate=True)
+    scored = MemoryStream(name="s", capacity=capacity, capacity_bytes=capacity_bytes)
+    scene = Scene(scored=scored, replace_degenerate=True)
     await scene.feeder.fill(policy_version=0)
     learner = learner_of(scene, tmp_path)
     await scene.arrive(make_scored(0, outcomes=SOLVED), make_scored(1, outcomes=SOLVED))

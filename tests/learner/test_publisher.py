@@ -27,8 +27,8 @@ from shared.buckets import Manifest, ParameterSpec
 from shared.errors import BroadcastError, EngineError, StreamError
 from shared.lease import Registry
 from shared.metrics import WEIGHT_SYNC_OPERATIONS
+from shared.redis_stream import Streams
 from shared.rpc import serve
-from shared.stream import Streams
 from tests.rollout.fake_engine import FakeEngine
 
 TIMEOUT_SECONDS = 5.0

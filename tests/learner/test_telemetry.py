@@ -8,8 +8,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from services.learner.measures import StepReport
 from services.learner.telemetry import numbers, observe_queues, step_row, without_nan
-from shared.metrics import QUEUE_LENGTH, QUEUE_OLDEST, learner_gauges
-from shared.stream import Streams
+from shared.metrics import (
+    QUEUE_BYTES,
+    QUEUE_CAPACITY_BYTES,
+    QUEUE_LENGTH,
+    QUEUE_OLDEST,
+    learner_gauges,
+)
+from shared.redis_stream import Streams
 from tests.factories import make_scored
 
 
@@ -76,4 +82,6 @@ async def test_queue_gauges_show_what_is_in_the_streams(streams: Streams) -> Non
     waiting = await observe_queues(streams)
     assert waiting["scored"] == 2
     assert QUEUE_LENGTH.labels(stream="scored")._value.get() == 3
+    assert QUEUE_BYTES.labels(stream="scored")._value.get() == 3
+    assert QUEUE_CAPACITY_BYTES.labels(stream="scored")._value.get() == 1000
     assert 0 <= QUEUE_OLDEST.labels(stream="scored")._value.get() < 60

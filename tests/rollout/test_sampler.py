@@ -9,10 +9,15 @@ import pytest
 from services.rollout.replica import Event, Replica
 from services.rollout.sampler import Sampler
 from shared.codec import decode_rollout_group, encode_prompt_group
+from shared.dead_letters import decode_dead_letter
 from shared.memory_stream import MemoryStream
 from shared.records import RolloutGroup
 from tests.factories import make_prompt
 from tests.rollout.fake_engine import FakeEngine
+
+
+def stream(name: str) -> MemoryStream:
+    return MemoryStream(name=name, capacity=64)
 
 
 @dataclass
@@ -21,9 +26,9 @@ class Scene:
 
     engine: FakeEngine = field(default_factory=FakeEngine)
     replica: Replica = field(default_factory=Replica)
-    prompts: MemoryStream = field(default_factory=lambda: MemoryStream(name="p", capacity=64))
-    rollouts: MemoryStream = field(default_factory=lambda: MemoryStream(name="r", capacity=64))
-    dead: MemoryStream = field(default_factory=lambda: MemoryStream(name="d", capacity=64))
+    prompts: MemoryStream = field(default_factory=lambda: stream("prompts"))
+    rollouts: MemoryStream = field(default_factory=lambda: stream("rollouts"))
+    dead: MemoryStream = field(default_factory=lambda: stream("dead_letter"))
 
     def __post_init__(self) -> None:
         self.sampler = Sampler(
@@ -155,7 +160,9 @@ async def test_a_poison_entry_goes_to_dead_letter_and_the_loop_goes_on(scene: Sc
     await scene.prompts.put(b"poison")
     await scene.prompts.put(encode_prompt_group(make_prompt()))
     await until(lambda: scene.sampler.groups_sampled)
-    assert await scene.dead.peek() == [b"poison"]
+    (letter,) = map(decode_dead_letter, await scene.dead.peek())
+    assert (letter.stream, letter.payload, letter.deliveries) == ("prompts", b"poison", 1)
+    assert letter.error
 
 
 async def test_a_group_that_fails_every_time_goes_to_dead_letter(scene: Scene) -> None:
@@ -164,7 +171,8 @@ async def test_a_group_that_fails_every_time_goes_to_dead_letter(scene: Scene) -
     payload = encode_prompt_group(make_prompt(group_size=1))
     await scene.prompts.put(payload)
     await until(lambda: len(scene.dead._messages) == 1)
-    assert await scene.dead.peek() == [payload]
+    (letter,) = map(decode_dead_letter, await scene.dead.peek())
+    assert (letter.payload, letter.error) == (payload, "failed 3 times: given up")
 
 
 async def test_what_this_name_left_pending_is_sampled_first(scene: Scene) -> None:

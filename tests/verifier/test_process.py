@@ -23,8 +23,9 @@ from shared.codec import decode_scored_group, encode_rollout_group
 from shared.config import load_run
 from shared.lease import Member, Registry
 from shared.records import Outcome
+from shared.redis_stream import Streams, open_streams
 from shared.rpc import open_channel
-from shared.stream import Depth, Streams, open_streams
+from shared.stream import Bounds, Depth
 from shared.tasks.countdown import Countdown
 from shared.tokenizer import Tokenizer, save_characters
 from tests.verifier.test_worker import make_group
@@ -94,8 +95,8 @@ async def opened(run_file: Path) -> AsyncIterator[tuple[Streams, Registry]]:
     async with open_streams(
         config.redis.url,
         run_id=config.run.name,
-        max_prompts=64,
-        max_groups=64,
+        prompts=Bounds(64, 1 << 20),
+        groups=Bounds(64, 1 << 20),
         timeout_seconds=5.0,
     ) as streams:
         yield streams, Registry(streams.client, prefix=streams.prefix)

@@ -14,6 +14,7 @@ from services.verifier.scoring import check_scorer, score_group
 from services.verifier.worker import Worker
 from shared.codec import decode_scored_group, encode_rollout_group
 from shared.config.services import TaskConfig, VerifierConfig
+from shared.dead_letters import decode_dead_letter
 from shared.errors import StartError
 from shared.memory_stream import MemoryStream
 from shared.records import Completion, Outcome, RolloutGroup, ScoredGroup, VersionRun
@@ -145,7 +146,9 @@ async def test_what_is_no_group_goes_to_the_dead_letters_and_the_rest_is_scored(
     await scene.rollouts.put(b"\xff no protobuf")
     await scene.rollouts.put(encode_rollout_group(make_group(tokenizer)))
     await scene.run_until(scene.is_done)
-    assert await scene.dead.peek() == [b"\xff no protobuf"]
+    (letter,) = map(decode_dead_letter, await scene.dead.peek())
+    assert (letter.stream, letter.payload) == ("rollouts", b"\xff no protobuf")
+    assert letter.error
     assert len(await scene.results()) == 1
 
 
@@ -159,7 +162,9 @@ async def test_a_group_that_was_delivered_too_often_is_given_up(
         await scene.rollouts.pending("gone")
     await scene.worker.adopt(idle_seconds=0.0, alive=[])
     await scene.run_until(scene.is_done)
-    assert await scene.dead.peek() == [payload]
+    (letter,) = map(decode_dead_letter, await scene.dead.peek())
+    assert (letter.payload, letter.deliveries) == (payload, 4)
+    assert "delivered 4 times and never finished" in letter.error
     assert await scene.results() == []
 
 
