@@ -19,8 +19,10 @@ $(VENV)/.ready: deploy/setup.sh $(wildcard deploy/requirements/*.txt) pyproject.
 demo: setup ## Train the built-in model: warm-up, then RL with two replicas, with a report
 	$(BIN)/isentrope up deploy/config/demo.toml
 
+test: export OMP_NUM_THREADS := 1
 test: setup ## Unit tests, then short runs with real parts, and with parts killed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not integration and not end_to_end"
+	$(BIN)/python -m pytest -m "integration or end_to_end"
 
 bench: bench-methods bench-wire ## Every benchmark but the study; its results are in tests/bench/results
 
