@@ -26,7 +26,7 @@ test: setup ## Unit tests, then short runs with real parts, and with parts kille
 
 bench: bench-methods bench-wire ## Every benchmark but the study; its results are in tests/bench/results
 
-bench-entropy: setup ## The entropy study: 9 arms x 5 seeds, 1 to 2 h on two cores; goes on where it stopped
+bench-entropy: setup ## The entropy study: 10 arms x 5 seeds, 1 to 2 h on two cores; goes on where it stopped
 	$(BIN)/python -m tests.bench.entropy_study
 
 bench-methods: setup ## What each method adds to a learner step

@@ -1,6 +1,6 @@
 """The entropy study: every arm, seed by seed, then one table and four plots.
 
-    make bench-entropy                       the base regime: 9 arms x 5 seeds
+    make bench-entropy                       the base regime: 10 arms x 5 seeds
     .venv/bin/python -m tests.bench.entropy_study --regimes stale --seeds 3
 
 A run that is complete is not run again, so the study goes on where it was interrupted. Results go
