@@ -556,7 +556,7 @@ def test_the_entropy_term_lowers_the_loss_by_coefficient_times_entropy() -> None
     for method, expected in terms.items():
         loss, _ = minimise(objective(entropy=method), inputs, statistics(inputs), coefficient=0.3)
         assert loss.entropy is not None
-        mean = float(expected[inputs.mask].mean())
+        mean = float(expected.detach()[inputs.mask].mean())
         assert float(loss.entropy) == pytest.approx(-0.3 * mean, rel=1e-5)
         assert mean > 0
         assert float(loss.total.detach()) == pytest.approx(float(loss.policy + loss.entropy))
