@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 TEXTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
-    *sorted(ROOT.glob("*/README.md")),
+    *sorted(ROOT.glob("[a-z]*/README.md")),
 ]
 
 
