@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,7 +76,6 @@ class TokenInputs:
 Surrogate = Callable[[PolicyLossConfig, Tensor, TokenInputs, Tensor | None], Tensor]
 Selector = Callable[[PolicyLossConfig, Tensor, Tensor, TokenInputs], Tensor]
 Clipped = Callable[[PolicyLossConfig, Tensor, TokenInputs], tuple[Tensor, Tensor]]
-EntropyTerm = Callable[[RunConfig, TokenStatistics, TokenInputs], Tensor | None]
 
 
 class LossMode(NamedTuple):
@@ -96,6 +95,34 @@ class LossMode(NamedTuple):
     selected_ratio: Callable[[PolicyLossConfig], float] = lambda config: 0.0
 
 
+class EntropyTerm(NamedTuple):
+    """What the loss has `- coefficient * aggregate(...)` of; nothing by default.
+
+    Attributes:
+        statistic: the field of TokenStatistics that is it.
+        made_of_logprobs: or (config, statistics, inputs) to it, from the log-probs alone.
+    """
+
+    statistic: Literal["entropy", "clamped_entropy"] | None = None
+    made_of_logprobs: Callable[[RunConfig, TokenStatistics, TokenInputs], Tensor] | None = None
+
+    def values(
+        self, config: RunConfig, statistics: TokenStatistics, inputs: TokenInputs
+    ) -> Tensor | None:
+        """Of each token; None where the loss has no such term."""
+        if self.made_of_logprobs is not None:
+            return self.made_of_logprobs(config, statistics, inputs)
+        return self.path(statistics)
+
+    def path(self, statistics: TokenStatistics) -> Tensor | None:
+        """The output of the model that has a gradient from this term, beside the log-probs."""
+        return None if self.statistic is None else getattr(statistics, self.statistic)
+
+
+def _clip(config: PolicyLossConfig) -> dict[str, float]:
+    return {"clip_low": config.clip_ratio_low, "clip_high": config.clip_ratio_high}
+
+
 def _vanilla(
     config: PolicyLossConfig, target_logprobs: Tensor, inputs: TokenInputs, _: Tensor | None
 ) -> Tensor:
@@ -103,8 +130,7 @@ def _vanilla(
         target_logprobs,
         inputs.proximal_logprobs,
         inputs.advantages,
-        clip_low=config.clip_ratio_low,
-        clip_high=config.clip_ratio_high,
+        **_clip(config),
         dual_clip=config.clip_ratio_c,
     )
 
@@ -117,8 +143,7 @@ def _gspo(
         inputs.proximal_logprobs,
         inputs.advantages,
         inputs.mask,
-        clip_low=config.clip_ratio_low,
-        clip_high=config.clip_ratio_high,
+        **_clip(config),
     )
 
 
@@ -129,8 +154,7 @@ def _cispo(
         target_logprobs,
         inputs.proximal_logprobs,
         inputs.advantages,
-        clip_low=config.clip_ratio_low,
-        clip_high=config.clip_ratio_high,
+        **_clip(config),
     )
 
 
@@ -149,8 +173,7 @@ def _clip_cov(
         inputs.proximal_logprobs,
         inputs.advantages,
         selected=selected,
-        clip_low=config.clip_ratio_low,
-        clip_high=config.clip_ratio_high,
+        **_clip(config),
     )
 
 
@@ -197,8 +220,7 @@ def _clipped_tokens(
         inputs.proximal_logprobs,
         inputs.advantages,
         inputs.mask,
-        clip_low=config.clip_ratio_low,
-        clip_high=config.clip_ratio_high,
+        **_clip(config),
     )
 
 
@@ -270,13 +292,9 @@ OFF_POLICY_WEIGHTS: dict[str, Callable[[OffPolicyConfig, Tensor, Tensor, Tensor]
 }
 
 ENTROPY_TERMS: dict[str, EntropyTerm] = {
-    "none": lambda config, statistics, inputs: None,
-    "bonus": lambda config, statistics, inputs: statistics.entropy,
-    "target": lambda config, statistics, inputs: statistics.entropy,
-    "aent": lambda config, statistics, inputs: statistics.clamped_entropy,
-    "pi": _high_probability,
+    "none": EntropyTerm(),
+    "bonus": EntropyTerm("entropy"),
+    "target": EntropyTerm("entropy"),
+    "aent": EntropyTerm("clamped_entropy"),
+    "pi": EntropyTerm(made_of_logprobs=_high_probability),
 }
-"""What the loss has `- coefficient * aggregate(...)` of."""
-
-ENTROPY_PATHS = {"bonus": "entropy", "target": "entropy", "aent": "clamped_entropy"}
-"""The field of TokenStatistics that an entropy term has its gradient from, beside logprob."""

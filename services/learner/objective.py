@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from services.learner.loss_modes import (
-    ENTROPY_PATHS,
     ENTROPY_TERMS,
     LOSS_MODES,
     OFF_POLICY_WEIGHTS,
@@ -84,7 +83,6 @@ class Objective:
         self._mode = LOSS_MODES[config.policy_loss.loss_mode]
         self._weigh = OFF_POLICY_WEIGHTS[config.off_policy.method]
         self._entropy_term = ENTROPY_TERMS[config.entropy.method]
-        self._entropy_path = ENTROPY_PATHS.get(config.entropy.method)
         self._interpolates = config.off_policy.proximal == "interpolated"
         self.keeps_top = config.policy_loss.top_entropy_quantile < 1
         self.clamp_p = config.entropy.clamp_p if config.entropy.method == "aent" else None
@@ -178,7 +176,7 @@ class Objective:
         inputs = self.anchored(statistics.logprob, inputs)
         policy = self._aggregate(self._policy_loss(statistics, inputs, choice), inputs, totals)
         total, entropy, reference = policy, None, None
-        token_entropy = self._entropy_term(self._run, statistics, inputs)
+        token_entropy = self._entropy_term.values(self._run, statistics, inputs)
         if token_entropy is not None:
             entropy = -coefficient * self._aggregate(token_entropy, inputs, totals)
             total = total + entropy
@@ -195,8 +193,8 @@ class Objective:
         reads, and through no other.
         """
         total = statistics.logprob.sum()
-        if self._entropy_path is not None:
-            entropy: Tensor = getattr(statistics, self._entropy_path)
+        entropy = self._entropy_term.path(statistics)
+        if entropy is not None:
             total = total + entropy.sum()
         return total * slope
 

@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import product
@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from shared.config import RunConfig
+from tests.bench.benchmark import RESULTS
 from tests.bench.study_arms import ARMS, REGIMES, Document, run_document
 from tests.bench.study_report import write_report
 
-RESULTS = Path(__file__).parent / "results"
 RUN_TIMEOUT_SECONDS = 4 * 3600.0
 
 
@@ -117,7 +117,7 @@ def run_all(jobs: Sequence[Job], *, parallel: int) -> list[Job]:
     return failed + [job for job in missing if job.model in unready]
 
 
-def _each(jobs: Sequence[Job], do: Any, *, what: str, parallel: int) -> list[Job]:
+def _each(jobs: Sequence[Job], do: Callable[[Job], None], *, what: str, parallel: int) -> list[Job]:
     """Do it to each job, with progress; returns those that failed."""
     started, failed = time.monotonic(), []
     with ThreadPoolExecutor(parallel) as pool:

@@ -4,14 +4,16 @@
 
 What `isentrope up` runs at the same time on services, this runs one after the other on the same
 engine classes, so that a run depends on its run file and nothing else: neither on the load of the
-machine nor on who was faster. Every batch is exactly `--lag` versions stale. The rows are those of
-metrics.jsonl, the last one with `final`: more samples of every held-out problem.
+machine nor on who was faster. Every batch is exactly `--lag` versions stale, but for the first
+ones, which the weights of the start sampled. The rows are those of metrics.jsonl, the last one with
+`final`: more samples of every held-out problem.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import statistics
@@ -103,14 +105,16 @@ class Run:
     async def train(self, *, lag: int, final_samples: int) -> None:
         """All steps, each on a batch that was sampled `lag` versions ago."""
         await self._connect()
-        await self._evaluate(0)
+        every = self._config.evaluation.every_steps
+        if every:
+            await self._evaluate(0)
         batches = deque([await self._sample_batch() for _ in range(lag)])
         for step in range(1, self._config.run.num_steps + 1):
             batches.append(await self._sample_batch())
             report = self._learner.train(batches.popleft(), step=step, policy_version=step - 1)
             await self._publish(step)
             self._write({"step": step, "policy_version": step, **report.metrics})
-            if step % self._config.evaluation.every_steps == 0:
+            if every and step % every == 0:
                 await self._evaluate(step)
         await self._evaluate_finally(final_samples)
 
@@ -217,9 +221,8 @@ async def run(config: RunConfig, rows: Path, *, lag: int, final_samples: int) ->
     unfinished = rows.with_suffix(".part")
     try:
         learner = LearnerEngine.start(config, config.model_path, Environment.read({}))
-        with unfinished.open("w", encoding="utf8") as file:
+        with contextlib.closing(learner), unfinished.open("w", encoding="utf8") as file:
             await Run(config, learner, engine, file).train(lag=lag, final_samples=final_samples)
-        learner.close()
     finally:
         await engine.shutdown()
     os.replace(unfinished, rows)

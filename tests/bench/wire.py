@@ -16,19 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import pickle
-import platform
 import random
 import statistics
-import sys
 import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from datetime import date
 from enum import Enum
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,9 +52,9 @@ from shared.records import (
     ScoredGroup,
     VersionRun,
 )
-from tests.bench.method_cost import LOG_WIDTH, Progressing, machine
+from tests.bench.benchmark import RESULTS, Progressing, Setting, console, write_result
 
-RESULT = Path(__file__).parent / "results" / "wire.json"
+RESULT = RESULTS / "wire.json"
 LIBRARIES = ("protobuf", "torch")
 VOCABULARY = 151_936
 POLICY_VERSION = 103
@@ -323,26 +318,20 @@ def main() -> None:
     if given.rounds < 1:
         parser.error(f"--rounds {given.rounds}: at least 1")
     torch.set_num_threads(1)
-    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     groups = make_groups(
         NUM_GROUPS, prompt_tokens=PROMPT_TOKENS, completion_tokens=COMPLETION_TOKENS
     )
     short = make_groups(NUM_GROUPS, prompt_tokens=SHORT_TOKENS, completion_tokens=SHORT_TOKENS)
-    load = os.getloadavg()[0]
-    rows = run(groups, short, given.rounds, console)
-    versions = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
-    described: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "machine": f"{machine()}, load average {load:.1f}",
-        "versions": versions,
-        "command": f"python -m tests.bench.wire --rounds {given.rounds}",
-        "completion_tokens": num_completion_tokens(groups),
-    }
-    listed = ", ".join(f"{name} {number}" for name, number in versions.items())
-    caption = f"{described['date']}; {described['machine']}; {listed}; {described['command']}"
-    console.print(table(rows, caption))
-    text = json.dumps({**described, "rows": [row._asdict() for row in rows]}, indent=1)
-    given.result.write_text(text + "\n", "utf8")
+    setting = Setting.of(f"tests.bench.wire --rounds {given.rounds}", packages=LIBRARIES)
+    screen = console()
+    rows = run(groups, short, given.rounds, screen)
+    screen.print(table(rows, str(setting)))
+    write_result(
+        given.result,
+        setting,
+        completion_tokens=num_completion_tokens(groups),
+        rows=[row._asdict() for row in rows],
+    )
 
 
 if __name__ == "__main__":
