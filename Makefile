@@ -6,7 +6,7 @@ PROTOS := $(wildcard protos/*.proto)
 SERVICE_PROTOS := $(shell grep -l '^service ' $(PROTOS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench bench-entropy bench-methods bench-wire lint proto check-proto
+.PHONY: help setup demo test bench bench-entropy bench-methods bench-publish bench-wire chaos lint proto check-proto
 
 help: ## Show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -24,7 +24,7 @@ test: setup ## Unit tests, then short runs with real parts, and with parts kille
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not integration and not end_to_end"
 	$(BIN)/python -m pytest -m "integration or end_to_end"
 
-bench: bench-methods bench-wire ## Every benchmark but the study; its results are in tests/bench/results
+bench: bench-methods bench-publish bench-wire ## Every benchmark but the study; its results are in tests/bench/results
 
 bench-entropy: setup ## The entropy study: 10 arms x 5 seeds, 1 to 2 h on two cores; goes on where it stopped
 	$(BIN)/python -m tests.bench.entropy_study
@@ -32,8 +32,14 @@ bench-entropy: setup ## The entropy study: 10 arms x 5 seeds, 1 to 2 h on two co
 bench-methods: setup ## What each method adds to a learner step
 	$(BIN)/python -m tests.bench.method_cost --rounds small=4 large=2
 
+bench-publish: setup ## Weights to a replica beside a plain broadcast, and how long a replica pauses
+	$(BIN)/python -m tests.bench.publish
+
 bench-wire: setup ## Bytes a token on the streams, and how fast they are written and read
 	$(BIN)/python -m tests.bench.wire
+
+chaos: setup ## Ten minutes of faults against a real run, and what was lost: kills, cut links, a full disk, poison
+	$(BIN)/python -m tests.chaos --minutes 10
 
 lint: setup check-proto ## Formatting, lint, types, generated code
 	$(BIN)/ruff format --check .

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/learner.proto\x12\x0cisentrope.v1\"\x19\n\x17GetLearnerStatusRequest\"\x8f\x04\n\x18GetLearnerStatusResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x11\n\tnum_steps\x18\x03 \x01(\x03\x12\x16\n\x0epolicy_version\x18\x04 \x01(\x03\x12\x10\n\x08\x61\x63tivity\x18\x05 \x01(\t\x12\x11\n\tis_paused\x18\x06 \x01(\x08\x12\x13\n\x0bis_finished\x18\x07 \x01(\x08\x12\x44\n\x07metrics\x18\x08 \x03(\x0b\x32\x33.isentrope.v1.GetLearnerStatusResponse.MetricsEntry\x12M\n\x0cqueue_depths\x18\t \x03(\x0b\x32\x37.isentrope.v1.GetLearnerStatusResponse.QueueDepthsEntry\x12\x46\n\x08replicas\x18\n \x03(\x0b\x32\x34.isentrope.v1.GetLearnerStatusResponse.ReplicasEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x32\n\x10QueueDepthsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a/\n\rReplicasEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x0e\n\x0cPauseRequest\"\x0f\n\rPauseResponse\"\x0f\n\rResumeRequest\"\x10\n\x0eResumeResponse\"\x13\n\x11\x43heckpointRequest\"$\n\x12\x43heckpointResponse\x12\x0e\n\x06\x66older\x18\x01 \x01(\t\"\r\n\x0bStopRequest\"\x0e\n\x0cStopResponse2\xfc\x02\n\x07Learner\x12Z\n\tGetStatus\x12%.isentrope.v1.GetLearnerStatusRequest\x1a&.isentrope.v1.GetLearnerStatusResponse\x12@\n\x05Pause\x12\x1a.isentrope.v1.PauseRequest\x1a\x1b.isentrope.v1.PauseResponse\x12\x43\n\x06Resume\x12\x1b.isentrope.v1.ResumeRequest\x1a\x1c.isentrope.v1.ResumeResponse\x12O\n\nCheckpoint\x12\x1f.isentrope.v1.CheckpointRequest\x1a .isentrope.v1.CheckpointResponse\x12=\n\x04Stop\x12\x19.isentrope.v1.StopRequest\x1a\x1a.isentrope.v1.StopResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/learner.proto\x12\x0cisentrope.v1\"\x19\n\x17GetLearnerStatusRequest\"\xc1\x04\n\x18GetLearnerStatusResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x11\n\tnum_steps\x18\x03 \x01(\x03\x12\x16\n\x0epolicy_version\x18\x04 \x01(\x03\x12\x10\n\x08\x61\x63tivity\x18\x05 \x01(\t\x12\x11\n\tis_paused\x18\x06 \x01(\x08\x12\x13\n\x0bis_finished\x18\x07 \x01(\x08\x12\x44\n\x07metrics\x18\x08 \x03(\x0b\x32\x33.isentrope.v1.GetLearnerStatusResponse.MetricsEntry\x12M\n\x0cqueue_depths\x18\t \x03(\x0b\x32\x37.isentrope.v1.GetLearnerStatusResponse.QueueDepthsEntry\x12\x46\n\x08replicas\x18\n \x03(\x0b\x32\x34.isentrope.v1.GetLearnerStatusResponse.ReplicasEntry\x12\x12\n\nis_stalled\x18\x14 \x01(\x08\x12\x1c\n\x14seconds_without_step\x18\x15 \x01(\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x32\n\x10QueueDepthsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a/\n\rReplicasEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x0e\n\x0cPauseRequest\"\x0f\n\rPauseResponse\"\x0f\n\rResumeRequest\"\x10\n\x0eResumeResponse\"\x13\n\x11\x43heckpointRequest\"$\n\x12\x43heckpointResponse\x12\x0e\n\x06\x66older\x18\x01 \x01(\t\"\r\n\x0bStopRequest\"\x0e\n\x0cStopResponse\"%\n\x13\x46\x65tchWeightsRequest\x12\x0e\n\x06ticket\x18\x01 \x01(\t\"$\n\x14\x46\x65tchWeightsResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\xd5\x03\n\x07Learner\x12Z\n\tGetStatus\x12%.isentrope.v1.GetLearnerStatusRequest\x1a&.isentrope.v1.GetLearnerStatusResponse\x12@\n\x05Pause\x12\x1a.isentrope.v1.PauseRequest\x1a\x1b.isentrope.v1.PauseResponse\x12\x43\n\x06Resume\x12\x1b.isentrope.v1.ResumeRequest\x1a\x1c.isentrope.v1.ResumeResponse\x12O\n\nCheckpoint\x12\x1f.isentrope.v1.CheckpointRequest\x1a .isentrope.v1.CheckpointResponse\x12=\n\x04Stop\x12\x19.isentrope.v1.StopRequest\x1a\x1a.isentrope.v1.StopResponse\x12W\n\x0c\x46\x65tchWeights\x12!.isentrope.v1.FetchWeightsRequest\x1a\".isentrope.v1.FetchWeightsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,29 +40,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETLEARNERSTATUSREQUEST']._serialized_start=38
   _globals['_GETLEARNERSTATUSREQUEST']._serialized_end=63
   _globals['_GETLEARNERSTATUSRESPONSE']._serialized_start=66
-  _globals['_GETLEARNERSTATUSRESPONSE']._serialized_end=593
-  _globals['_GETLEARNERSTATUSRESPONSE_METRICSENTRY']._serialized_start=446
-  _globals['_GETLEARNERSTATUSRESPONSE_METRICSENTRY']._serialized_end=492
-  _globals['_GETLEARNERSTATUSRESPONSE_QUEUEDEPTHSENTRY']._serialized_start=494
-  _globals['_GETLEARNERSTATUSRESPONSE_QUEUEDEPTHSENTRY']._serialized_end=544
-  _globals['_GETLEARNERSTATUSRESPONSE_REPLICASENTRY']._serialized_start=546
-  _globals['_GETLEARNERSTATUSRESPONSE_REPLICASENTRY']._serialized_end=593
-  _globals['_PAUSEREQUEST']._serialized_start=595
-  _globals['_PAUSEREQUEST']._serialized_end=609
-  _globals['_PAUSERESPONSE']._serialized_start=611
-  _globals['_PAUSERESPONSE']._serialized_end=626
-  _globals['_RESUMEREQUEST']._serialized_start=628
-  _globals['_RESUMEREQUEST']._serialized_end=643
-  _globals['_RESUMERESPONSE']._serialized_start=645
-  _globals['_RESUMERESPONSE']._serialized_end=661
-  _globals['_CHECKPOINTREQUEST']._serialized_start=663
-  _globals['_CHECKPOINTREQUEST']._serialized_end=682
-  _globals['_CHECKPOINTRESPONSE']._serialized_start=684
-  _globals['_CHECKPOINTRESPONSE']._serialized_end=720
-  _globals['_STOPREQUEST']._serialized_start=722
-  _globals['_STOPREQUEST']._serialized_end=735
-  _globals['_STOPRESPONSE']._serialized_start=737
-  _globals['_STOPRESPONSE']._serialized_end=751
-  _globals['_LEARNER']._serialized_start=754
-  _globals['_LEARNER']._serialized_end=1134
+  _globals['_GETLEARNERSTATUSRESPONSE']._serialized_end=643
+  _globals['_GETLEARNERSTATUSRESPONSE_METRICSENTRY']._serialized_start=496
+  _globals['_GETLEARNERSTATUSRESPONSE_METRICSENTRY']._serialized_end=542
+  _globals['_GETLEARNERSTATUSRESPONSE_QUEUEDEPTHSENTRY']._serialized_start=544
+  _globals['_GETLEARNERSTATUSRESPONSE_QUEUEDEPTHSENTRY']._serialized_end=594
+  _globals['_GETLEARNERSTATUSRESPONSE_REPLICASENTRY']._serialized_start=596
+  _globals['_GETLEARNERSTATUSRESPONSE_REPLICASENTRY']._serialized_end=643
+  _globals['_PAUSEREQUEST']._serialized_start=645
+  _globals['_PAUSEREQUEST']._serialized_end=659
+  _globals['_PAUSERESPONSE']._serialized_start=661
+  _globals['_PAUSERESPONSE']._serialized_end=676
+  _globals['_RESUMEREQUEST']._serialized_start=678
+  _globals['_RESUMEREQUEST']._serialized_end=693
+  _globals['_RESUMERESPONSE']._serialized_start=695
+  _globals['_RESUMERESPONSE']._serialized_end=711
+  _globals['_CHECKPOINTREQUEST']._serialized_start=713
+  _globals['_CHECKPOINTREQUEST']._serialized_end=732
+  _globals['_CHECKPOINTRESPONSE']._serialized_start=734
+  _globals['_CHECKPOINTRESPONSE']._serialized_end=770
+  _globals['_STOPREQUEST']._serialized_start=772
+  _globals['_STOPREQUEST']._serialized_end=785
+  _globals['_STOPRESPONSE']._serialized_start=787
+  _globals['_STOPRESPONSE']._serialized_end=801
+  _globals['_FETCHWEIGHTSREQUEST']._serialized_start=803
+  _globals['_FETCHWEIGHTSREQUEST']._serialized_end=840
+  _globals['_FETCHWEIGHTSRESPONSE']._serialized_start=842
+  _globals['_FETCHWEIGHTSRESPONSE']._serialized_end=878
+  _globals['_LEARNER']._serialized_start=881
+  _globals['_LEARNER']._serialized_end=1350
 # @@protoc_insertion_point(module_scope)

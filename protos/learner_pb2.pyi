@@ -93,6 +93,8 @@ class GetLearnerStatusResponse(_message.Message):
     METRICS_FIELD_NUMBER: _builtins.int
     QUEUE_DEPTHS_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
+    IS_STALLED_FIELD_NUMBER: _builtins.int
+    SECONDS_WITHOUT_STEP_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     step: _builtins.int
     num_steps: _builtins.int
@@ -101,6 +103,10 @@ class GetLearnerStatusResponse(_message.Message):
     """One sentence: what the learner is doing or waiting for, and since when."""
     is_paused: _builtins.bool
     is_finished: _builtins.bool
+    is_stalled: _builtins.bool
+    """No step ended within watchdog.stall_seconds; `activity` names whom to look at."""
+    seconds_without_step: _builtins.float
+    """Since a step ended, or the learner started or was resumed from a pause."""
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """The newest value of each metric of metrics.jsonl."""
@@ -126,8 +132,10 @@ class GetLearnerStatusResponse(_message.Message):
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         queue_depths: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         replicas: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        is_stalled: _builtins.bool = ...,
+        seconds_without_step: _builtins.float = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "is_finished", b"is_finished", "is_paused", b"is_paused", "metrics", b"metrics", "num_steps", b"num_steps", "policy_version", b"policy_version", "queue_depths", b"queue_depths", "replicas", b"replicas", "run_id", b"run_id", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "is_finished", b"is_finished", "is_paused", b"is_paused", "is_stalled", b"is_stalled", "metrics", b"metrics", "num_steps", b"num_steps", "policy_version", b"policy_version", "queue_depths", b"queue_depths", "replicas", b"replicas", "run_id", b"run_id", "seconds_without_step", b"seconds_without_step", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___GetLearnerStatusResponse: _TypeAlias = GetLearnerStatusResponse  # noqa: Y015
@@ -217,3 +225,37 @@ class StopResponse(_message.Message):
     ) -> None: ...
 
 Global___StopResponse: _TypeAlias = StopResponse  # noqa: Y015
+
+@_typing.final
+class FetchWeightsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TICKET_FIELD_NUMBER: _builtins.int
+    ticket: _builtins.str
+    """Of BeginUpdateRequest.source."""
+    def __init__(
+        self,
+        *,
+        ticket: _builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ticket", b"ticket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___FetchWeightsRequest: _TypeAlias = FetchWeightsRequest  # noqa: Y015
+
+@_typing.final
+class FetchWeightsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """The next bytes of the buckets that shared/buckets.py plans, one after the other."""
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___FetchWeightsResponse: _TypeAlias = FetchWeightsResponse  # noqa: Y015

@@ -59,6 +59,11 @@ class LearnerStub(object):
                 request_serializer=protos_dot_learner__pb2.StopRequest.SerializeToString,
                 response_deserializer=protos_dot_learner__pb2.StopResponse.FromString,
                 _registered_method=True)
+        self.FetchWeights = channel.unary_stream(
+                '/isentrope.v1.Learner/FetchWeights',
+                request_serializer=protos_dot_learner__pb2.FetchWeightsRequest.SerializeToString,
+                response_deserializer=protos_dot_learner__pb2.FetchWeightsResponse.FromString,
+                _registered_method=True)
 
 
 class LearnerServicer(object):
@@ -99,6 +104,14 @@ class LearnerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FetchWeights(self, request, context):
+        """The learner's copy of a published version, for a replica that was told to fetch it.
+        NOT_FOUND: the ticket is not good, or not any more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_LearnerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -126,6 +139,11 @@ def add_LearnerServicer_to_server(servicer, server):
                     servicer.Stop,
                     request_deserializer=protos_dot_learner__pb2.StopRequest.FromString,
                     response_serializer=protos_dot_learner__pb2.StopResponse.SerializeToString,
+            ),
+            'FetchWeights': grpc.unary_stream_rpc_method_handler(
+                    servicer.FetchWeights,
+                    request_deserializer=protos_dot_learner__pb2.FetchWeightsRequest.FromString,
+                    response_serializer=protos_dot_learner__pb2.FetchWeightsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -263,6 +281,33 @@ class Learner(object):
             '/isentrope.v1.Learner/Stop',
             protos_dot_learner__pb2.StopRequest.SerializeToString,
             protos_dot_learner__pb2.StopResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchWeights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/isentrope.v1.Learner/FetchWeights',
+            protos_dot_learner__pb2.FetchWeightsRequest.SerializeToString,
+            protos_dot_learner__pb2.FetchWeightsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -42,6 +42,10 @@ class LearnerStub:
     """
     Stop: _grpc.UnaryUnaryMultiCallable[_learner_pb2.StopRequest, _learner_pb2.StopResponse]
     """Finish the current step, write a checkpoint and end the run. OK always."""
+    FetchWeights: _grpc.UnaryStreamMultiCallable[_learner_pb2.FetchWeightsRequest, _learner_pb2.FetchWeightsResponse]
+    """The learner's copy of a published version, for a replica that was told to fetch it.
+    NOT_FOUND: the ticket is not good, or not any more.
+    """
 
 @_typing.type_check_only
 class LearnerAsyncStub(LearnerStub):
@@ -57,6 +61,10 @@ class LearnerAsyncStub(LearnerStub):
     """
     Stop: _aio.UnaryUnaryMultiCallable[_learner_pb2.StopRequest, _learner_pb2.StopResponse]  # type: ignore[assignment]
     """Finish the current step, write a checkpoint and end the run. OK always."""
+    FetchWeights: _aio.UnaryStreamMultiCallable[_learner_pb2.FetchWeightsRequest, _learner_pb2.FetchWeightsResponse]  # type: ignore[assignment]
+    """The learner's copy of a published version, for a replica that was told to fetch it.
+    NOT_FOUND: the ticket is not good, or not any more.
+    """
 
 class LearnerServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -99,5 +107,15 @@ class LearnerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_learner_pb2.StopResponse, _abc.Awaitable[_learner_pb2.StopResponse]]:
         """Finish the current step, write a checkpoint and end the run. OK always."""
+
+    @_abc_1.abstractmethod
+    def FetchWeights(
+        self,
+        request: _learner_pb2.FetchWeightsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_learner_pb2.FetchWeightsResponse], _abc.AsyncIterator[_learner_pb2.FetchWeightsResponse]]:
+        """The learner's copy of a published version, for a replica that was told to fetch it.
+        NOT_FOUND: the ticket is not good, or not any more.
+        """
 
 def add_LearnerServicer_to_server(servicer: LearnerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -25,49 +25,51 @@ _sym_db = _symbol_database.Default()
 from protos import trajectory_pb2 as protos_dot_trajectory__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/rollout.proto\x12\x0cisentrope.v1\x1a\x17protos/trajectory.proto\"\x19\n\x17GetRolloutStatusRequest\"\xf0\x01\n\x18GetRolloutStatusResponse\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12)\n\x05state\x18\x02 \x01(\x0e\x32\x1a.isentrope.v1.ReplicaState\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x03\x12\x16\n\x0egroups_sampled\x18\x04 \x01(\x04\x12\x16\n\x0etokens_sampled\x18\x05 \x01(\x04\x12\x18\n\x10groups_in_flight\x18\x06 \x01(\r\x12!\n\x19mixed_version_completions\x18\x07 \x01(\x04\x12\x13\n\x0bnum_workers\x18\x08 \x01(\r\"\xa6\x01\n\x14JoinBroadcastRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\x12\x12\n\nstore_host\x18\x03 \x01(\t\x12\x12\n\nstore_port\x18\x04 \x01(\r\x12\x0b\n\x03key\x18\x05 \x01(\t\x12\x0c\n\x04rank\x18\x06 \x01(\r\x12\x12\n\nworld_size\x18\x07 \x01(\r\x12\x17\n\x0ftimeout_seconds\x18\x08 \x01(\x01\"\x17\n\x15JoinBroadcastResponse\";\n\rParameterSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\"\x80\x01\n\x12\x42\x65ginUpdateRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x03\x12-\n\x08manifest\x18\x03 \x03(\x0b\x32\x1b.isentrope.v1.ParameterSpec\x12\x14\n\x0c\x62ucket_bytes\x18\x04 \x01(\x04\"\x15\n\x13\x42\x65ginUpdateResponse\"r\n\x13\x43ommitUpdateRequest\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\x12\x10\n\x08\x63hecksum\x18\x02 \x01(\x06\x12\x18\n\x10\x63\x61nary_token_ids\x18\x03 \x01(\x0c\x12\x17\n\x0ftimeout_seconds\x18\x04 \x01(\x01\"\x87\x01\n\x14\x43ommitUpdateResponse\x12\x10\n\x08\x63hecksum\x18\x01 \x01(\x06\x12\x17\n\x0f\x63\x61nary_logprobs\x18\x02 \x01(\x0c\x12\x17\n\x0freceive_seconds\x18\x03 \x01(\x01\x12\x14\n\x0cload_seconds\x18\x04 \x01(\x01\x12\x15\n\rpause_seconds\x18\x05 \x01(\x01\"&\n\x0cServeRequest\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\"\x0f\n\rServeResponse\",\n\x12\x41\x62ortUpdateRequest\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\"\x15\n\x13\x41\x62ortUpdateResponse\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse\"x\n\x0fGenerateRequest\x12\x18\n\x10prompt_token_ids\x18\x01 \x01(\x0c\x12\x17\n\x0fnum_completions\x18\x02 \x01(\r\x12\x13\n\x0btemperature\x18\x03 \x01(\x02\x12\x1d\n\x15max_completion_tokens\x18\x04 \x01(\r\"A\n\x10GenerateResponse\x12-\n\x0b\x63ompletions\x18\x01 \x03(\x0b\x32\x18.isentrope.v1.Completion*\xb0\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15REPLICA_STATE_JOINING\x10\x01\x12\x17\n\x13REPLICA_STATE_STALE\x10\x02\x12\x19\n\x15REPLICA_STATE_SERVING\x10\x03\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x04\x12\x16\n\x12REPLICA_STATE_GONE\x10\x05\x32\x8d\x05\n\x07Rollout\x12Z\n\tGetStatus\x12%.isentrope.v1.GetRolloutStatusRequest\x1a&.isentrope.v1.GetRolloutStatusResponse\x12X\n\rJoinBroadcast\x12\".isentrope.v1.JoinBroadcastRequest\x1a#.isentrope.v1.JoinBroadcastResponse\x12R\n\x0b\x42\x65ginUpdate\x12 .isentrope.v1.BeginUpdateRequest\x1a!.isentrope.v1.BeginUpdateResponse\x12U\n\x0c\x43ommitUpdate\x12!.isentrope.v1.CommitUpdateRequest\x1a\".isentrope.v1.CommitUpdateResponse\x12@\n\x05Serve\x12\x1a.isentrope.v1.ServeRequest\x1a\x1b.isentrope.v1.ServeResponse\x12R\n\x0b\x41\x62ortUpdate\x12 .isentrope.v1.AbortUpdateRequest\x1a!.isentrope.v1.AbortUpdateResponse\x12@\n\x05\x44rain\x12\x1a.isentrope.v1.DrainRequest\x1a\x1b.isentrope.v1.DrainResponse\x12I\n\x08Generate\x12\x1d.isentrope.v1.GenerateRequest\x1a\x1e.isentrope.v1.GenerateResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/rollout.proto\x12\x0cisentrope.v1\x1a\x17protos/trajectory.proto\"\x19\n\x17GetRolloutStatusRequest\"\xc9\x02\n\x18GetRolloutStatusResponse\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12)\n\x05state\x18\x02 \x01(\x0e\x32\x1a.isentrope.v1.ReplicaState\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x03\x12\x16\n\x0egroups_sampled\x18\x04 \x01(\x04\x12\x16\n\x0etokens_sampled\x18\x05 \x01(\x04\x12\x18\n\x10groups_in_flight\x18\x06 \x01(\r\x12!\n\x19mixed_version_completions\x18\x07 \x01(\x04\x12\x13\n\x0bnum_workers\x18\x08 \x01(\r\x12\x10\n\x08\x63hecksum\x18\t \x01(\x06\x12\x10\n\x08\x61\x63tivity\x18\x14 \x01(\t\x12\x1c\n\x14progress_age_seconds\x18\x15 \x01(\x01\x12\x15\n\rstuck_seconds\x18\x16 \x01(\x01\"\xa6\x01\n\x14JoinBroadcastRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\x12\x12\n\nstore_host\x18\x03 \x01(\t\x12\x12\n\nstore_port\x18\x04 \x01(\r\x12\x0b\n\x03key\x18\x05 \x01(\t\x12\x0c\n\x04rank\x18\x06 \x01(\r\x12\x12\n\nworld_size\x18\x07 \x01(\r\x12\x17\n\x0ftimeout_seconds\x18\x08 \x01(\x01\"\x17\n\x15JoinBroadcastResponse\";\n\rParameterSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\"H\n\x0cWeightSource\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0e\n\x06ticket\x18\x02 \x01(\t\x12\x17\n\x0ftimeout_seconds\x18\x03 \x01(\x01\"\xc4\x01\n\x12\x42\x65ginUpdateRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x03\x12-\n\x08manifest\x18\x03 \x03(\x0b\x32\x1b.isentrope.v1.ParameterSpec\x12\x14\n\x0c\x62ucket_bytes\x18\x04 \x01(\x04\x12*\n\x06source\x18\x05 \x01(\x0b\x32\x1a.isentrope.v1.WeightSource\x12\x16\n\x0eis_left_behind\x18\x06 \x01(\x08\"\x15\n\x13\x42\x65ginUpdateResponse\"r\n\x13\x43ommitUpdateRequest\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\x12\x10\n\x08\x63hecksum\x18\x02 \x01(\x06\x12\x18\n\x10\x63\x61nary_token_ids\x18\x03 \x01(\x0c\x12\x17\n\x0ftimeout_seconds\x18\x04 \x01(\x01\"\x87\x01\n\x14\x43ommitUpdateResponse\x12\x10\n\x08\x63hecksum\x18\x01 \x01(\x06\x12\x17\n\x0f\x63\x61nary_logprobs\x18\x02 \x01(\x0c\x12\x17\n\x0freceive_seconds\x18\x03 \x01(\x01\x12\x14\n\x0cload_seconds\x18\x04 \x01(\x01\x12\x15\n\rpause_seconds\x18\x05 \x01(\x01\"&\n\x0cServeRequest\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\"\x0f\n\rServeResponse\",\n\x12\x41\x62ortUpdateRequest\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\"\x15\n\x13\x41\x62ortUpdateResponse\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse\"x\n\x0fGenerateRequest\x12\x18\n\x10prompt_token_ids\x18\x01 \x01(\x0c\x12\x17\n\x0fnum_completions\x18\x02 \x01(\r\x12\x13\n\x0btemperature\x18\x03 \x01(\x02\x12\x1d\n\x15max_completion_tokens\x18\x04 \x01(\r\"A\n\x10GenerateResponse\x12-\n\x0b\x63ompletions\x18\x01 \x03(\x0b\x32\x18.isentrope.v1.Completion*\xb0\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15REPLICA_STATE_JOINING\x10\x01\x12\x17\n\x13REPLICA_STATE_STALE\x10\x02\x12\x19\n\x15REPLICA_STATE_SERVING\x10\x03\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x04\x12\x16\n\x12REPLICA_STATE_GONE\x10\x05\x32\x8d\x05\n\x07Rollout\x12Z\n\tGetStatus\x12%.isentrope.v1.GetRolloutStatusRequest\x1a&.isentrope.v1.GetRolloutStatusResponse\x12X\n\rJoinBroadcast\x12\".isentrope.v1.JoinBroadcastRequest\x1a#.isentrope.v1.JoinBroadcastResponse\x12R\n\x0b\x42\x65ginUpdate\x12 .isentrope.v1.BeginUpdateRequest\x1a!.isentrope.v1.BeginUpdateResponse\x12U\n\x0c\x43ommitUpdate\x12!.isentrope.v1.CommitUpdateRequest\x1a\".isentrope.v1.CommitUpdateResponse\x12@\n\x05Serve\x12\x1a.isentrope.v1.ServeRequest\x1a\x1b.isentrope.v1.ServeResponse\x12R\n\x0b\x41\x62ortUpdate\x12 .isentrope.v1.AbortUpdateRequest\x1a!.isentrope.v1.AbortUpdateResponse\x12@\n\x05\x44rain\x12\x1a.isentrope.v1.DrainRequest\x1a\x1b.isentrope.v1.DrainResponse\x12I\n\x08Generate\x12\x1d.isentrope.v1.GenerateRequest\x1a\x1e.isentrope.v1.GenerateResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.rollout_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REPLICASTATE']._serialized_start=1345
-  _globals['_REPLICASTATE']._serialized_end=1521
+  _globals['_REPLICASTATE']._serialized_start=1576
+  _globals['_REPLICASTATE']._serialized_end=1752
   _globals['_GETROLLOUTSTATUSREQUEST']._serialized_start=63
   _globals['_GETROLLOUTSTATUSREQUEST']._serialized_end=88
   _globals['_GETROLLOUTSTATUSRESPONSE']._serialized_start=91
-  _globals['_GETROLLOUTSTATUSRESPONSE']._serialized_end=331
-  _globals['_JOINBROADCASTREQUEST']._serialized_start=334
-  _globals['_JOINBROADCASTREQUEST']._serialized_end=500
-  _globals['_JOINBROADCASTRESPONSE']._serialized_start=502
-  _globals['_JOINBROADCASTRESPONSE']._serialized_end=525
-  _globals['_PARAMETERSPEC']._serialized_start=527
-  _globals['_PARAMETERSPEC']._serialized_end=586
-  _globals['_BEGINUPDATEREQUEST']._serialized_start=589
-  _globals['_BEGINUPDATEREQUEST']._serialized_end=717
-  _globals['_BEGINUPDATERESPONSE']._serialized_start=719
-  _globals['_BEGINUPDATERESPONSE']._serialized_end=740
-  _globals['_COMMITUPDATEREQUEST']._serialized_start=742
-  _globals['_COMMITUPDATEREQUEST']._serialized_end=856
-  _globals['_COMMITUPDATERESPONSE']._serialized_start=859
-  _globals['_COMMITUPDATERESPONSE']._serialized_end=994
-  _globals['_SERVEREQUEST']._serialized_start=996
-  _globals['_SERVEREQUEST']._serialized_end=1034
-  _globals['_SERVERESPONSE']._serialized_start=1036
-  _globals['_SERVERESPONSE']._serialized_end=1051
-  _globals['_ABORTUPDATEREQUEST']._serialized_start=1053
-  _globals['_ABORTUPDATEREQUEST']._serialized_end=1097
-  _globals['_ABORTUPDATERESPONSE']._serialized_start=1099
-  _globals['_ABORTUPDATERESPONSE']._serialized_end=1120
-  _globals['_DRAINREQUEST']._serialized_start=1122
-  _globals['_DRAINREQUEST']._serialized_end=1136
-  _globals['_DRAINRESPONSE']._serialized_start=1138
-  _globals['_DRAINRESPONSE']._serialized_end=1153
-  _globals['_GENERATEREQUEST']._serialized_start=1155
-  _globals['_GENERATEREQUEST']._serialized_end=1275
-  _globals['_GENERATERESPONSE']._serialized_start=1277
-  _globals['_GENERATERESPONSE']._serialized_end=1342
-  _globals['_ROLLOUT']._serialized_start=1524
-  _globals['_ROLLOUT']._serialized_end=2177
+  _globals['_GETROLLOUTSTATUSRESPONSE']._serialized_end=420
+  _globals['_JOINBROADCASTREQUEST']._serialized_start=423
+  _globals['_JOINBROADCASTREQUEST']._serialized_end=589
+  _globals['_JOINBROADCASTRESPONSE']._serialized_start=591
+  _globals['_JOINBROADCASTRESPONSE']._serialized_end=614
+  _globals['_PARAMETERSPEC']._serialized_start=616
+  _globals['_PARAMETERSPEC']._serialized_end=675
+  _globals['_WEIGHTSOURCE']._serialized_start=677
+  _globals['_WEIGHTSOURCE']._serialized_end=749
+  _globals['_BEGINUPDATEREQUEST']._serialized_start=752
+  _globals['_BEGINUPDATEREQUEST']._serialized_end=948
+  _globals['_BEGINUPDATERESPONSE']._serialized_start=950
+  _globals['_BEGINUPDATERESPONSE']._serialized_end=971
+  _globals['_COMMITUPDATEREQUEST']._serialized_start=973
+  _globals['_COMMITUPDATEREQUEST']._serialized_end=1087
+  _globals['_COMMITUPDATERESPONSE']._serialized_start=1090
+  _globals['_COMMITUPDATERESPONSE']._serialized_end=1225
+  _globals['_SERVEREQUEST']._serialized_start=1227
+  _globals['_SERVEREQUEST']._serialized_end=1265
+  _globals['_SERVERESPONSE']._serialized_start=1267
+  _globals['_SERVERESPONSE']._serialized_end=1282
+  _globals['_ABORTUPDATEREQUEST']._serialized_start=1284
+  _globals['_ABORTUPDATEREQUEST']._serialized_end=1328
+  _globals['_ABORTUPDATERESPONSE']._serialized_start=1330
+  _globals['_ABORTUPDATERESPONSE']._serialized_end=1351
+  _globals['_DRAINREQUEST']._serialized_start=1353
+  _globals['_DRAINREQUEST']._serialized_end=1367
+  _globals['_DRAINRESPONSE']._serialized_start=1369
+  _globals['_DRAINRESPONSE']._serialized_end=1384
+  _globals['_GENERATEREQUEST']._serialized_start=1386
+  _globals['_GENERATEREQUEST']._serialized_end=1506
+  _globals['_GENERATERESPONSE']._serialized_start=1508
+  _globals['_GENERATERESPONSE']._serialized_end=1573
+  _globals['_ROLLOUT']._serialized_start=1755
+  _globals['_ROLLOUT']._serialized_end=2408
 # @@protoc_insertion_point(module_scope)

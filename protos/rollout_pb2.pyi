@@ -65,6 +65,10 @@ class GetRolloutStatusResponse(_message.Message):
     GROUPS_IN_FLIGHT_FIELD_NUMBER: _builtins.int
     MIXED_VERSION_COMPLETIONS_FIELD_NUMBER: _builtins.int
     NUM_WORKERS_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
+    ACTIVITY_FIELD_NUMBER: _builtins.int
+    PROGRESS_AGE_SECONDS_FIELD_NUMBER: _builtins.int
+    STUCK_SECONDS_FIELD_NUMBER: _builtins.int
     replica: _builtins.str
     state: Global___ReplicaState.ValueType
     policy_version: _builtins.int
@@ -76,6 +80,16 @@ class GetRolloutStatusResponse(_message.Message):
     """Completions whose tokens came from more than one policy version."""
     num_workers: _builtins.int
     """Members it adds to a broadcast group."""
+    checksum: _builtins.int
+    """Of the weights that it samples from, as CommitUpdateResponse has it; 0 until the first refit."""
+    activity: _builtins.str
+    """One sentence: what it does or waits for, and for how long."""
+    progress_age_seconds: _builtins.float
+    """Without progress in what it has to do; 0 while there is nothing to do."""
+    stuck_seconds: _builtins.float
+    """The same where it waits for nobody else; else 0. Above watchdog.stall_seconds its health
+    under the name "isentrope.progress" is NOT_SERVING.
+    """
     def __init__(
         self,
         *,
@@ -87,8 +101,12 @@ class GetRolloutStatusResponse(_message.Message):
         groups_in_flight: _builtins.int = ...,
         mixed_version_completions: _builtins.int = ...,
         num_workers: _builtins.int = ...,
+        checksum: _builtins.int = ...,
+        activity: _builtins.str = ...,
+        progress_age_seconds: _builtins.float = ...,
+        stuck_seconds: _builtins.float = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups_in_flight", b"groups_in_flight", "groups_sampled", b"groups_sampled", "mixed_version_completions", b"mixed_version_completions", "num_workers", b"num_workers", "policy_version", b"policy_version", "replica", b"replica", "state", b"state", "tokens_sampled", b"tokens_sampled"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "checksum", b"checksum", "groups_in_flight", b"groups_in_flight", "groups_sampled", b"groups_sampled", "mixed_version_completions", b"mixed_version_completions", "num_workers", b"num_workers", "policy_version", b"policy_version", "progress_age_seconds", b"progress_age_seconds", "replica", b"replica", "state", b"state", "stuck_seconds", b"stuck_seconds", "tokens_sampled", b"tokens_sampled"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___GetRolloutStatusResponse: _TypeAlias = GetRolloutStatusResponse  # noqa: Y015
@@ -169,6 +187,33 @@ class ParameterSpec(_message.Message):
 Global___ParameterSpec: _TypeAlias = ParameterSpec  # noqa: Y015
 
 @_typing.final
+class WeightSource(_message.Message):
+    """A copy of a version in the learner's memory, to be had by Learner.FetchWeights."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
+    TIMEOUT_SECONDS_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    """host:port of the learner."""
+    ticket: _builtins.str
+    """Names the copy; good for one update."""
+    timeout_seconds: _builtins.float
+    """Bounds the whole transfer."""
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        ticket: _builtins.str = ...,
+        timeout_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "ticket", b"ticket", "timeout_seconds", b"timeout_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___WeightSource: _TypeAlias = WeightSource  # noqa: Y015
+
+@_typing.final
 class BeginUpdateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -176,11 +221,22 @@ class BeginUpdateRequest(_message.Message):
     POLICY_VERSION_FIELD_NUMBER: _builtins.int
     MANIFEST_FIELD_NUMBER: _builtins.int
     BUCKET_BYTES_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    IS_LEFT_BEHIND_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
+    """Of the broadcast group to receive in; without meaning if there is a source."""
     policy_version: _builtins.int
     bucket_bytes: _builtins.int
+    is_left_behind: _builtins.bool
+    """The learner counts on nothing that this replica does: forget any update under way, and claim
+    no group before this version is confirmed.
+    """
     @_builtins.property
     def manifest(self) -> _containers.RepeatedCompositeFieldContainer[Global___ParameterSpec]: ...
+    @_builtins.property
+    def source(self) -> Global___WeightSource:
+        """Fetch the version from here; no group is needed, or disturbed."""
+
     def __init__(
         self,
         *,
@@ -188,8 +244,12 @@ class BeginUpdateRequest(_message.Message):
         policy_version: _builtins.int = ...,
         manifest: _abc.Iterable[Global___ParameterSpec] | None = ...,
         bucket_bytes: _builtins.int = ...,
+        source: Global___WeightSource | None = ...,
+        is_left_behind: _builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bucket_bytes", b"bucket_bytes", "epoch", b"epoch", "manifest", b"manifest", "policy_version", b"policy_version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bucket_bytes", b"bucket_bytes", "epoch", b"epoch", "is_left_behind", b"is_left_behind", "manifest", b"manifest", "policy_version", b"policy_version", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___BeginUpdateRequest: _TypeAlias = BeginUpdateRequest  # noqa: Y015

@@ -96,7 +96,8 @@ class RolloutServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def BeginUpdate(self, request, context):
-        """Start receiving a version in the background; returns once the receive is posted.
+        """Start receiving a version in the background, in the group or from the learner's copy; returns
+        once the receive is posted.
         FAILED_PRECONDITION: not in the named epoch. UNAVAILABLE: the engine is dead.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

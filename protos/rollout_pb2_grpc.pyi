@@ -39,7 +39,8 @@ class RolloutStub:
     UNAVAILABLE: the engine is dead.
     """
     BeginUpdate: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.BeginUpdateRequest, _rollout_pb2.BeginUpdateResponse]
-    """Start receiving a version in the background; returns once the receive is posted.
+    """Start receiving a version in the background, in the group or from the learner's copy; returns
+    once the receive is posted.
     FAILED_PRECONDITION: not in the named epoch. UNAVAILABLE: the engine is dead.
     """
     CommitUpdate: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.CommitUpdateRequest, _rollout_pb2.CommitUpdateResponse]
@@ -71,7 +72,8 @@ class RolloutAsyncStub(RolloutStub):
     UNAVAILABLE: the engine is dead.
     """
     BeginUpdate: _aio.UnaryUnaryMultiCallable[_rollout_pb2.BeginUpdateRequest, _rollout_pb2.BeginUpdateResponse]  # type: ignore[assignment]
-    """Start receiving a version in the background; returns once the receive is posted.
+    """Start receiving a version in the background, in the group or from the learner's copy; returns
+    once the receive is posted.
     FAILED_PRECONDITION: not in the named epoch. UNAVAILABLE: the engine is dead.
     """
     CommitUpdate: _aio.UnaryUnaryMultiCallable[_rollout_pb2.CommitUpdateRequest, _rollout_pb2.CommitUpdateResponse]  # type: ignore[assignment]
@@ -118,7 +120,8 @@ class RolloutServicer(metaclass=_abc_1.ABCMeta):
         request: _rollout_pb2.BeginUpdateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_rollout_pb2.BeginUpdateResponse, _abc.Awaitable[_rollout_pb2.BeginUpdateResponse]]:
-        """Start receiving a version in the background; returns once the receive is posted.
+        """Start receiving a version in the background, in the group or from the learner's copy; returns
+        once the receive is posted.
         FAILED_PRECONDITION: not in the named epoch. UNAVAILABLE: the engine is dead.
         """
 

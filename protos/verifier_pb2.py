@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos import trajectory_pb2 as protos_dot_trajectory__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15protos/verifier.proto\x12\x0cisentrope.v1\x1a\x17protos/trajectory.proto\"A\n\x0cScoreRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x0e\n\x06\x61nswer\x18\x02 \x01(\t\x12\x13\n\x0b\x63ompletions\x18\x03 \x03(\t\"4\n\rScoreResponse\x12#\n\x06scores\x18\x01 \x03(\x0b\x32\x13.isentrope.v1.Score\"\x1a\n\x18GetVerifierStatusRequest\"_\n\x19GetVerifierStatusResponse\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x15\n\rgroups_scored\x18\x02 \x01(\x04\x12\x1a\n\x12\x63ompletions_scored\x18\x03 \x01(\x04\x32\xaa\x01\n\x08Verifier\x12@\n\x05Score\x12\x1a.isentrope.v1.ScoreRequest\x1a\x1b.isentrope.v1.ScoreResponse\x12\\\n\tGetStatus\x12&.isentrope.v1.GetVerifierStatusRequest\x1a\'.isentrope.v1.GetVerifierStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15protos/verifier.proto\x12\x0cisentrope.v1\x1a\x17protos/trajectory.proto\"A\n\x0cScoreRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x0e\n\x06\x61nswer\x18\x02 \x01(\t\x12\x13\n\x0b\x63ompletions\x18\x03 \x03(\t\"4\n\rScoreResponse\x12#\n\x06scores\x18\x01 \x03(\x0b\x32\x13.isentrope.v1.Score\"\x1a\n\x18GetVerifierStatusRequest\"\xa6\x01\n\x19GetVerifierStatusResponse\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x15\n\rgroups_scored\x18\x02 \x01(\x04\x12\x1a\n\x12\x63ompletions_scored\x18\x03 \x01(\x04\x12\x10\n\x08\x61\x63tivity\x18\x14 \x01(\t\x12\x1c\n\x14progress_age_seconds\x18\x15 \x01(\x01\x12\x15\n\rstuck_seconds\x18\x16 \x01(\x01\x32\xaa\x01\n\x08Verifier\x12@\n\x05Score\x12\x1a.isentrope.v1.ScoreRequest\x1a\x1b.isentrope.v1.ScoreResponse\x12\\\n\tGetStatus\x12&.isentrope.v1.GetVerifierStatusRequest\x1a\'.isentrope.v1.GetVerifierStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,8 +38,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SCORERESPONSE']._serialized_end=183
   _globals['_GETVERIFIERSTATUSREQUEST']._serialized_start=185
   _globals['_GETVERIFIERSTATUSREQUEST']._serialized_end=211
-  _globals['_GETVERIFIERSTATUSRESPONSE']._serialized_start=213
-  _globals['_GETVERIFIERSTATUSRESPONSE']._serialized_end=308
-  _globals['_VERIFIER']._serialized_start=311
-  _globals['_VERIFIER']._serialized_end=481
+  _globals['_GETVERIFIERSTATUSRESPONSE']._serialized_start=214
+  _globals['_GETVERIFIERSTATUSRESPONSE']._serialized_end=380
+  _globals['_VERIFIER']._serialized_start=383
+  _globals['_VERIFIER']._serialized_end=553
 # @@protoc_insertion_point(module_scope)

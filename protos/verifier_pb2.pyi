@@ -79,17 +79,31 @@ class GetVerifierStatusResponse(_message.Message):
     REPLICA_FIELD_NUMBER: _builtins.int
     GROUPS_SCORED_FIELD_NUMBER: _builtins.int
     COMPLETIONS_SCORED_FIELD_NUMBER: _builtins.int
+    ACTIVITY_FIELD_NUMBER: _builtins.int
+    PROGRESS_AGE_SECONDS_FIELD_NUMBER: _builtins.int
+    STUCK_SECONDS_FIELD_NUMBER: _builtins.int
     replica: _builtins.str
     groups_scored: _builtins.int
     completions_scored: _builtins.int
+    activity: _builtins.str
+    """One sentence: what it does or waits for, and for how long."""
+    progress_age_seconds: _builtins.float
+    """Without progress in what it has to do; 0 while there is nothing to do."""
+    stuck_seconds: _builtins.float
+    """The same where it waits for nobody else; else 0. Above watchdog.stall_seconds its health
+    under the name "isentrope.progress" is NOT_SERVING.
+    """
     def __init__(
         self,
         *,
         replica: _builtins.str = ...,
         groups_scored: _builtins.int = ...,
         completions_scored: _builtins.int = ...,
+        activity: _builtins.str = ...,
+        progress_age_seconds: _builtins.float = ...,
+        stuck_seconds: _builtins.float = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["completions_scored", b"completions_scored", "groups_scored", b"groups_scored", "replica", b"replica"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "completions_scored", b"completions_scored", "groups_scored", b"groups_scored", "progress_age_seconds", b"progress_age_seconds", "replica", b"replica", "stuck_seconds", b"stuck_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___GetVerifierStatusResponse: _TypeAlias = GetVerifierStatusResponse  # noqa: Y015

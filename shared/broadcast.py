@@ -4,6 +4,13 @@ What travels is packed by `shared.buckets`. The group is a stateless `ProcessGro
 `ProcessGroupNCCL` (GPU): there is no default process group, and a new group, with its own key in
 the store, costs tens of milliseconds. Rank 0 is always the learner.
 
+Two buckets are under way: while one is on the wire, the next is packed on the one side, and the
+one before is checked on the other.
+
+    sender     pack 0 │ check 0, pack 1 │ check 1, pack 2 │ ...
+    wire              │ 0               │ 1               │ 2 ...
+    receiver                            │ check 0         │ check 1 ...
+
 Layout of the groups: with gloo one group of two per worker of each replica, because a killed
 peer is noticed at once only in a group of two; with NCCL one group of all. `GroupSpec.for_worker`
 is that rule, for both sides.
@@ -17,9 +24,12 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import cache
+from itertools import cycle, islice
 from typing import Any, Literal
 
 import torch
@@ -32,18 +42,25 @@ from torch.distributed import (  # type: ignore[attr-defined]
 )
 
 from shared.buckets import (
+    Bucket,
     Manifest,
+    StagedWeights,
     add_checksums,
+    allocate,
     checksum,
     pack_buckets,
     plan_buckets,
-    unpack_bucket,
 )
 from shared.errors import BroadcastError
+
+# One on the wire, and one that is packed or checked meanwhile.
+_BUCKETS_UNDER_WAY = 2
 
 # How often a wait looks whether its group was closed meanwhile; completion itself wakes it at once.
 _CLOSE_POLL = timedelta(milliseconds=50)
 _NCCL_POLL_SECONDS = 0.001
+
+_opening_device = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +153,20 @@ def _open_gloo(store: PrefixStore, spec: GroupSpec) -> Any:
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     # Left alone, gloo listens on whatever the host name resolves to, which may be 127.0.1.1.
     address = _local_address(spec.store_host, spec.store_port)
-    options._devices = [ProcessGroupGloo.create_device(hostname=address)]
+    with _opening_device:
+        options._devices = [_device(address)]
     options._timeout = timedelta(seconds=spec.timeout_seconds)
     options._threads = 1
     return ProcessGroupGloo(store, spec.rank, spec.world_size, options)
+
+
+@cache
+def _device(address: str) -> Any:
+    """gloo's end of an interface, for all groups of this process.
+
+    A device is a thread that wakes a hundred times a second, whether anything comes or not.
+    """
+    return ProcessGroupGloo.create_device(hostname=address)
 
 
 def _open_nccl(store: PrefixStore, spec: GroupSpec) -> Any:
@@ -278,23 +305,36 @@ class Received:
     seconds: float
 
 
-def send_bucket(
-    groups: Sequence[BroadcastGroup], data: torch.Tensor
-) -> dict[BroadcastGroup, BroadcastError]:
-    """Send one packed bucket to all groups at the same time; returns the groups that failed."""
-    failed: dict[BroadcastGroup, BroadcastError] = {}
-    under_way: list[tuple[BroadcastGroup, Work]] = []
-    for group in groups:
+class _Sending:
+    """Buckets on their way to several groups; a group that fails is closed and gets no more."""
+
+    def __init__(self, groups: Sequence[BroadcastGroup]) -> None:
+        self.failed: dict[BroadcastGroup, BroadcastError] = {}
+        self._groups = groups
+        self._under_way: deque[list[tuple[BroadcastGroup, Work]]] = deque()
+
+    def begin(self, data: torch.Tensor) -> None:
+        """Start to send a bucket to all groups; `data` must not change until it has settled."""
+        works: list[tuple[BroadcastGroup, Work]] = []
+        for group in self._groups:
+            with self._failing(group):
+                works.append((group, group.begin(data)))
+        self._under_way.append(works)
+
+    def settle(self, *, at_most: int) -> None:
+        """Wait, oldest first, until at most so many buckets are under way."""
+        while len(self._under_way) > at_most:
+            for group, work in self._under_way.popleft():
+                with self._failing(group):
+                    group.finish(work)
+
+    @contextlib.contextmanager
+    def _failing(self, group: BroadcastGroup) -> Iterator[None]:
         try:
-            under_way.append((group, group.begin(data)))
+            yield
         except BroadcastError as error:
-            failed[group] = error
-    for group, work in under_way:
-        try:
-            group.finish(work)
-        except BroadcastError as error:
-            failed[group] = error
-    return failed
+            self.failed.setdefault(group, error)
+            group.close()
 
 
 def send_weights(
@@ -304,39 +344,80 @@ def send_weights(
     *,
     bucket_bytes: int,
     device: torch.device | str = "cpu",
+    staged: StagedWeights | None = None,
 ) -> SendReport:
     """Pack each bucket once and send it to every group that has not failed.
 
-    A group that fails is closed and reported; the others get everything. `named_tensors` is
-    always consumed to its end, even with no group left: producing it may be a collective among
-    the learner's ranks.
+    While a bucket travels, the next is packed and queued behind it. A group that fails is closed
+    and reported; the others get everything. `named_tensors` is always consumed to its end, even
+    with no group left: producing it may be a collective among the learner's ranks.
+
+    Args:
+        device: where the groups want their tensors.
+        staged: keeps what is sent, for who comes later; of this manifest and bucket size.
     """
     started = time.monotonic()
-    failed: dict[BroadcastGroup, BroadcastError] = {}
-    num_bytes, parts = 0, []
-    packed = pack_buckets(named_tensors, manifest, bucket_bytes=bucket_bytes, device=device)
+    buckets = plan_buckets(manifest, bucket_bytes=bucket_bytes)
+    if staged is not None:
+        assert staged.buckets == buckets, "the copy is of another manifest or bucket size"
+        staged.clear()
+    places = _places(buckets, torch.device(device), staged)
+    packed = pack_buckets(named_tensors, manifest, bucket_bytes=bucket_bytes, places=places)
+    sending, parts = _Sending(groups), []
     for bucket, data in packed:
-        failures = send_bucket([group for group in groups if group not in failed], data)
-        for group in failures:
-            group.close()
-        failed |= failures
-        num_bytes += bucket.num_bytes
+        sending.begin(data)
         parts.append(checksum(data, start=bucket.start))
-    return SendReport(num_bytes, add_checksums(parts), time.monotonic() - started, failed)
+        if staged is not None:
+            staged.accept(bucket, data, parts[-1])
+        sending.settle(at_most=_BUCKETS_UNDER_WAY - 1)  # the next is packed in the freed place
+    sending.settle(at_most=0)
+    num_bytes = sum(bucket.num_bytes for bucket in buckets)
+    seconds = time.monotonic() - started
+    return SendReport(num_bytes, add_checksums(parts), seconds, sending.failed)
 
 
-def receive_weights(group: BroadcastGroup, manifest: Manifest, *, bucket_bytes: int) -> Received:
-    """Receive what `send_weights` sends, into newly allocated CPU memory.
+def receive_weights(
+    group: BroadcastGroup,
+    manifest: Manifest,
+    *,
+    bucket_bytes: int,
+    staged: StagedWeights | None = None,
+) -> Received:
+    """Receive what `send_weights` sends; while a bucket is checked, the next arrives.
 
+    Args:
+        staged: memory to receive into, of this manifest and bucket size; newly allocated if not
+            given. After a failure it must not be used again: the group may still write to it.
     Raises:
         BroadcastError: the transfer did not complete; nothing of it is kept.
     """
     started = time.monotonic()
-    tensors: dict[str, torch.Tensor] = {}
+    buckets = plan_buckets(manifest, bucket_bytes=bucket_bytes)
+    staged = staged or StagedWeights(manifest, bucket_bytes=bucket_bytes)
+    assert staged.buckets == buckets, "the memory is of another manifest or bucket size"
+    staged.clear()
+    places = _places(buckets, group.device, staged)
+    begun = (
+        (bucket, data, group.begin(data)) for bucket, data in zip(buckets, places, strict=True)
+    )
+    under_way = deque(islice(begun, _BUCKETS_UNDER_WAY))
     parts: list[int] = []
-    for bucket in plan_buckets(manifest, bucket_bytes=bucket_bytes):
-        data = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=group.device)
-        group.broadcast(data)
+    while under_way:
+        bucket, data, work = under_way.popleft()
+        group.finish(work)
         parts.append(checksum(data, start=bucket.start))
-        tensors |= unpack_bucket(bucket, data.cpu())
-    return Received(tensors, add_checksums(parts), time.monotonic() - started)
+        staged.accept(bucket, data, parts[-1])
+        under_way.extend(islice(begun, 1))
+    return Received(staged.tensors(), add_checksums(parts), time.monotonic() - started)
+
+
+def _places(
+    buckets: Sequence[Bucket], device: torch.device, staged: StagedWeights | None
+) -> Iterator[torch.Tensor]:
+    """Where each bucket travels: its place in `staged`, or, elsewhere, two places in turn."""
+    if staged is not None and device.type == "cpu":
+        yield from (staged.data(bucket) for bucket in buckets)
+        return
+    largest = max((bucket.num_bytes for bucket in buckets), default=0)
+    places = cycle([allocate(largest, device) for _ in range(_BUCKETS_UNDER_WAY)])
+    yield from (next(places)[: bucket.num_bytes] for bucket in buckets)

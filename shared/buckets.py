@@ -3,6 +3,7 @@
     manifest ──plan──▶ buckets ──pack──▶ bytes        bytes ──unpack──▶ tensors
 
 Both sides compute the same buckets from the same manifest, so nothing but raw bytes travels.
+`StagedWeights` is the memory for all buckets of a version, on either side.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 # Every parameter starts at a multiple of this, so that a view of any dtype is aligned.
 ALIGNMENT = 16
 
-# The checksum works through this many 32-bit words at a time: 4 MiB of weights, and twice that
-# of temporary memory.
-_CHECKSUM_WORDS = 1 << 20
+# Words of 32 bits in a row of the checksum: the most with which a row's sum is exact in float64.
+_ROW_WORDS = 2048
+# Rows at a time: 1 MiB of weights, and twice that of temporary memory, which a cache holds.
+_BLOCK_ROWS = 128
 _UINT64 = 1 << 64
 
 
@@ -102,15 +105,12 @@ def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
-def pack_bucket(
-    bucket: Bucket, tensors: dict[str, torch.Tensor], *, device: torch.device | str = "cpu"
-) -> torch.Tensor:
-    """Copy a bucket's parameters, cast to the manifest's dtypes, into one uint8 tensor.
+def pack_bucket(bucket: Bucket, tensors: dict[str, torch.Tensor], data: torch.Tensor) -> None:
+    """Copy a bucket's parameters, cast to the manifest's dtypes, into `data`: uint8, [num_bytes].
 
     Raises:
         ValueError: a tensor has another shape than the manifest says.
     """
-    data = torch.zeros(bucket.num_bytes, dtype=torch.uint8, device=device)
     for name, view in unpack_bucket(bucket, data).items():
         if tensors[name].shape != view.shape:
             raise ValueError(
@@ -118,7 +118,9 @@ def pack_bucket(
                 f"but the manifest says {tuple(view.shape)}"
             )
         view.copy_(tensors[name].detach())
-    return data
+    for placement in bucket.placements:  # the memory may hold another version's bytes
+        end = placement.offset + placement.spec.num_bytes
+        data[end : _aligned(end)].zero_()
 
 
 def unpack_bucket(bucket: Bucket, data: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -134,10 +136,12 @@ def pack_buckets(
     manifest: Manifest,
     *,
     bucket_bytes: int,
-    device: torch.device | str = "cpu",
+    places: Iterator[torch.Tensor] | None = None,
 ) -> Iterator[tuple[Bucket, torch.Tensor]]:
     """Pack bucket by bucket, taking from `named_tensors` only what the next bucket needs.
 
+    Args:
+        places: where to, for each bucket in turn: uint8, [num_bytes]; by default new memory.
     Raises:
         ValueError: the tensors are not those of the manifest, in its order.
     """
@@ -149,34 +153,117 @@ def pack_buckets(
             if name != placement.spec.name:
                 raise ValueError(f"expected {placement.spec.name} next, but got {name}")
             taken[name] = tensor
-        yield bucket, pack_bucket(bucket, taken, device=device)
+        data = next(places) if places else torch.empty(bucket.num_bytes, dtype=torch.uint8)
+        pack_bucket(bucket, taken, data)
+        yield bucket, data
+
+
+class StagedWeights:
+    """One version of the weights, packed, in host memory that the next version may reuse.
+
+    It is filled bucket by bucket: `clear`, then `accept` for each of `buckets`. Whoever reads
+    beside that must read `checksum` before and after: anything but the same number twice means
+    that another version was being written meanwhile.
+    """
+
+    def __init__(self, manifest: Manifest, *, bucket_bytes: int) -> None:
+        """Reserve the memory.
+
+        Raises:
+            ValueError: as `plan_buckets`.
+        """
+        self.manifest = manifest
+        self.bucket_bytes = bucket_bytes
+        self.buckets = plan_buckets(manifest, bucket_bytes=bucket_bytes)
+        self.num_bytes = sum(bucket.num_bytes for bucket in self.buckets)
+        self._memory = allocate(self.num_bytes, torch.device("cpu"))
+        self._parts: dict[int, int] = {}
+
+    @property
+    def checksum(self) -> int | None:
+        """Of all buckets; None until the last of them was accepted."""
+        parts = list(self._parts.values())
+        return add_checksums(parts) if len(parts) == len(self.buckets) else None
+
+    def clear(self) -> None:
+        """Begin another version; the bytes stay until they are overwritten."""
+        self._parts = {}
+
+    def data(self, bucket: Bucket) -> torch.Tensor:
+        """The bucket's bytes: uint8, [num_bytes], a view."""
+        return self._memory[bucket.start : bucket.start + bucket.num_bytes]
+
+    def accept(self, bucket: Bucket, data: torch.Tensor, part: int) -> None:
+        """Keep a bucket: `data`, on any device, or what was written to `self.data(bucket)`.
+
+        Args:
+            part: the bucket's own checksum.
+        """
+        place = self.data(bucket)
+        if data.data_ptr() != place.data_ptr():
+            place.copy_(data)
+        self._parts[bucket.start] = part
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Views of the parameters by name, in the manifest's order."""
+        tensors: dict[str, torch.Tensor] = {}
+        for bucket in self.buckets:
+            tensors |= unpack_bucket(bucket, self.data(bucket))
+        return tensors
+
+
+def allocate(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """Memory, uint8, not initialised."""
+    if device.type != "cpu":
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    # numpy asks the kernel for huge pages: touching small ones takes longer than a copy.
+    return torch.from_numpy(np.empty(num_bytes, dtype=np.uint8))
 
 
 def checksum(data: torch.Tensor, *, start: int = 0) -> int:
     """A 64-bit checksum of raw bytes, the same on CPU and GPU, that adds up over buckets.
 
-        sum over i of word[i] * weight[i]  mod 2^64
+        sum over rows r of row_weight[r] * (sum over j of word[r, j] * weight[j])  mod 2^64
 
-    over 32-bit words, with a fixed odd weight per position in the whole manifest. An odd number
-    has an inverse mod 2^64, so a change within one word always shows. Zero bytes add nothing:
-    sums of buckets, mod 2^64, do not depend on how the manifest was divided.
+    over 32-bit words, in rows of 2048 counted from the manifest's start. The inner sum is an
+    exact integer, with a different weight for each place; the outer weights are odd, so have an
+    inverse mod 2^64: a change within one word, and the exchange of two different words of a row,
+    always show. Zero bytes add nothing: sums of buckets do not depend on how the manifest was
+    divided.
 
     Args:
         data: uint8, contiguous, a multiple of 4 bytes long.
         start: offset of `data` in the whole, aligned manifest; a multiple of 4.
     """
     words = data.view(torch.int32)
-    base = _position_weights(data.device)
-    total = torch.zeros((), dtype=torch.int64, device=data.device)
-    position = start // 4
-    done = 0
-    while done < words.numel():
-        chunk, inside = divmod(position + done, _CHECKSUM_WORDS)
-        count = min(_CHECKSUM_WORDS - inside, words.numel() - done)
-        products = base[inside : inside + count] * words[done : done + count]
-        total += products.sum() * _as_int64(_chunk_weight(chunk))
-        done += count
+    row, place = divmod(start // 4, _ROW_WORDS)
+    head = min(-place % _ROW_WORDS, words.numel())
+    tail = head + (words.numel() - head) // _ROW_WORDS * _ROW_WORDS
+    parts = [
+        _row_sums(words[:head], first_place=place),
+        _row_sums(words[head:tail]),
+        _row_sums(words[tail:]),
+    ]
+    sums = torch.cat(parts).to(torch.int64)
+    total = (sums * _row_weights(row, len(sums), data.device)).sum()
     return int(total.item()) % _UINT64
+
+
+def _row_sums(words: torch.Tensor, *, first_place: int = 0) -> torch.Tensor:
+    """Weighted sums, float64, of whole rows, or of a part of one that begins at `first_place`."""
+    width = min(len(words), _ROW_WORDS)
+    rows = words.view(-1, width) if width else words.view(0, 0)
+    weights = _word_weights(words.device)[first_place : first_place + width]
+    sums = torch.empty(len(rows), dtype=torch.float64, device=words.device)
+    # Floating point because integer products are slow; integers below 2^53 are exact in it.
+    block = torch.empty(
+        min(len(rows), _BLOCK_ROWS), width, dtype=torch.float64, device=words.device
+    )
+    for first in range(0, len(rows), _BLOCK_ROWS):
+        some = rows[first : first + _BLOCK_ROWS]
+        floats = block[: len(some)].copy_(some)
+        torch.mv(floats, weights, out=sums[first : first + len(some)])
+    return sums
 
 
 def add_checksums(parts: Iterable[int]) -> int:
@@ -187,22 +274,26 @@ def add_checksums(parts: Iterable[int]) -> int:
 _weights_by_device: dict[torch.device, torch.Tensor] = {}
 
 
-def _position_weights(device: torch.device) -> torch.Tensor:
-    """Odd int64 weights of the positions in a chunk; fixed, so computed once a device."""
+def _word_weights(device: torch.device) -> torch.Tensor:
+    """Of the places in a row, float64: the odd numbers below 2 * _ROW_WORDS, shuffled.
+
+    The sum of 2048 words, each below 2^31, times the first 2048 odd numbers is at most 2^53.
+    """
     if device not in _weights_by_device:
-        index = torch.arange(1, _CHECKSUM_WORDS + 1, dtype=torch.int64, device=device)
-        mixed = index * _as_int64(0x9E3779B97F4A7C15)
-        mixed = (mixed ^ (mixed >> 31)) * _as_int64(0xBF58476D1CE4E5B9)
-        _weights_by_device[device] = (mixed ^ (mixed >> 29)) | 1
+        place = torch.arange(_ROW_WORDS, dtype=torch.int64, device=device)
+        shuffled = place * (2 * place + 1) % _ROW_WORDS
+        _weights_by_device[device] = (2 * shuffled + 1).to(torch.float64)
     return _weights_by_device[device]
 
 
-def _chunk_weight(chunk: int) -> int:
-    mixed = (chunk + 1) * 0x94D049BB133111EB % _UINT64
-    return (mixed ^ (mixed >> 32)) | 1
+def _row_weights(first: int, count: int, device: torch.device) -> torch.Tensor:
+    """Odd int64 weights of `count` rows from row number `first` on."""
+    mixed = torch.arange(first + 1, first + count + 1, dtype=torch.int64, device=device)
+    mixed = mixed * _as_int64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> 31)) * _as_int64(0xBF58476D1CE4E5B9)
+    return (mixed ^ (mixed >> 29)) | 1
 
 
 def _as_int64(value: int) -> int:
     """Two's complement: the int64 that has the bits of this uint64."""
-    value %= _UINT64
     return value - _UINT64 if value >= 1 << 63 else value

@@ -169,6 +169,22 @@ def completion_record(message: pb.Completion) -> Completion:
     return Completion(token_ids, logprobs, runs, message.is_truncated)
 
 
+def encode_completion(completion: Completion) -> bytes:
+    """Protobuf bytes of one completion, or of a part of one."""
+    return completion_message(completion).SerializeToString()
+
+
+def decode_completion(payload: bytes) -> Completion:
+    """The completion in `payload`.
+
+    Raises:
+        StreamError: as `completion_record`.
+    """
+    message = pb.Completion()
+    _parse(message, payload)
+    return completion_record(message)
+
+
 def score_message(score: Score) -> pb.Score:
     """The message of one score."""
     return pb.Score(outcome=_OUTCOMES[score.outcome], reward=score.reward, detail=score.detail)
@@ -269,7 +285,9 @@ def _rollout_record(message: pb.RolloutGroup) -> RolloutGroup:
     )
 
 
-def _parse(message: pb.PromptGroup | pb.RolloutGroup | pb.ScoredGroup, payload: bytes) -> None:
+def _parse(
+    message: pb.PromptGroup | pb.Completion | pb.RolloutGroup | pb.ScoredGroup, payload: bytes
+) -> None:
     try:
         message.ParseFromString(payload)
     except DecodeError as error:

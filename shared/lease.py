@@ -16,12 +16,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from google.protobuf.message import DecodeError
-from redis.exceptions import RedisError
 
 from protos import lease_pb2 as pb
 from shared.errors import StreamError
+from shared.redis_connection import Patience, translated
 
 logger = logging.getLogger(__name__)
+
+RELEASE_SECONDS = 5.0
+"""How long an ending service tries to give its lease back; without that it runs out."""
 
 Role = Literal["learner", "rollout", "verifier"]
 
@@ -53,10 +56,15 @@ class Member:
 
 
 class Registry:
-    """The leases of one run."""
+    """The leases of one run; errors of the server are `StreamError`.
 
-    def __init__(self, client: Any, *, prefix: str) -> None:
+    Args:
+        patience: of the questions; a lease itself is kept without.
+    """
+
+    def __init__(self, client: Any, *, prefix: str, patience: Patience | None = None) -> None:
         self._client = client
+        self._patience = patience or Patience()
         self._prefix = prefix
         self._index = prefix + "leases"
         self._refresh = client.register_script(_REFRESH)
@@ -64,11 +72,13 @@ class Registry:
 
     async def members(self, role: Role | None = None) -> list[Member]:
         """Everyone whose lease has not run out, sorted by role and name."""
-        try:
-            keys = sorted(await self._client.smembers(self._index))
-            values = await self._client.mget(keys) if keys else []
-        except (RedisError, OSError) as error:
-            raise StreamError(f"{self._index}: {error}") from error
+
+        async def ask() -> list[bytes | None]:
+            with translated(self._index):
+                keys = sorted(await self._client.smembers(self._index))
+                return list(await self._client.mget(keys)) if keys else []
+
+        values = await self._patience.outlast(ask)
         found = [_decode(value) for value in values if value is not None]
         return sorted(
             (member for member in found if role in (None, member.role)),
@@ -86,25 +96,40 @@ class Registry:
         """
         member = Member(role, name, address, metrics_address, secrets.token_hex(8))
         key, value = self._key(member), _encode(member)
-        await self._client.set(key, value, px=int(seconds * 1000))
-        await self._client.sadd(self._index, key)
+        with translated(key):
+            await self._client.set(key, value, px=int(seconds * 1000))
+            await self._client.sadd(self._index, key)
         task = asyncio.create_task(self._keep(member, seconds), name=f"lease {name}")
         try:
             yield task
         finally:
             task.cancel()
             try:
-                await self._release(keys=[key, self._index], args=[value])
-            except (RedisError, OSError):
+                async with asyncio.timeout(RELEASE_SECONDS):
+                    with translated(key):
+                        await self._release(keys=[key, self._index], args=[value])
+            except (StreamError, TimeoutError):
                 logger.warning("lease of %s not released: Redis is away; it will run out", name)
 
     async def announce_version(self, policy_version: int) -> None:
         """Tell everyone which version is published."""
-        await self._client.set(self._prefix + "policy_version", policy_version)
+        key = self._prefix + "policy_version"
+
+        async def announce() -> None:
+            with translated(key):
+                await self._client.set(key, policy_version)
+
+        await self._patience.outlast(announce)
 
     async def announced_version(self) -> int | None:
         """The last announced version, or None before the first."""
-        value = await self._client.get(self._prefix + "policy_version")
+        key = self._prefix + "policy_version"
+
+        async def ask() -> Any:
+            with translated(key):
+                return await self._client.get(key)
+
+        value = await self._patience.outlast(ask)
         return None if value is None else int(value)
 
     async def _keep(self, member: Member, seconds: float) -> None:
@@ -112,10 +137,11 @@ class Registry:
         while True:
             await asyncio.sleep(seconds / 3)
             try:
-                kept = await self._refresh(
-                    keys=[self._key(member), self._index], args=[value, int(seconds * 1000)]
-                )
-            except (RedisError, OSError) as error:
+                with translated(self._key(member)):
+                    kept = await self._refresh(
+                        keys=[self._key(member), self._index], args=[value, int(seconds * 1000)]
+                    )
+            except StreamError as error:
                 logger.warning("lease of %s not refreshed: %s", member.name, error)
                 continue
             if not kept:

@@ -7,12 +7,13 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from shared.stream import Bounds, Depth, Entry, Stream
+from shared.stream import Bounds, Depth, Entry, Holder, Stream
 
 
 @dataclass(slots=True)
 class _Message:
     payload: bytes
+    label: str | None = None
     consumer: str | None = None
     deliveries: int = 0
     delivered_at: float = 0.0
@@ -34,7 +35,9 @@ class MemoryStream:
         self._next = 0
         self._arrived = asyncio.Event()
 
-    async def put(self, payload: bytes, *, once: str | None = None) -> bool:
+    async def put(
+        self, payload: bytes, *, label: str | None = None, once: str | None = None
+    ) -> bool:
         if once is not None and once in self._calls:
             return True
         if (await self.depth()).reaches(self.bounds):
@@ -42,7 +45,7 @@ class MemoryStream:
         if once is not None:
             self._calls.add(once)
         self._next += 1
-        self._messages[str(self._next)] = _Message(payload)
+        self._messages[str(self._next)] = _Message(payload, label)
         self._arrived.set()
         return True
 
@@ -59,15 +62,19 @@ class MemoryStream:
             except TimeoutError:
                 return []
 
-    async def pending(self, consumer: str) -> list[Entry]:
+    async def pending(self, consumer: str, *, held: Collection[str] = ()) -> list[Entry]:
         mine = [id for id, message in self._messages.items() if message.consumer == consumer]
-        return self._deliver(consumer, mine)
+        return self._deliver(consumer, [id for id in mine if id not in held])
 
     async def peek(self) -> list[bytes]:
         return [message.payload for message in self._messages.values()]
 
     async def browse(self) -> list[Entry]:
         return [Entry(id, message.payload, 0) for id, message in self._messages.items()]
+
+    async def labels(self) -> dict[str, str]:
+        found = {id: message.label for id, message in self._messages.items()}
+        return {id: label for id, label in found.items() if label is not None}
 
     async def acknowledge(self, ids: Sequence[str]) -> None:
         for id in ids:
@@ -76,7 +83,7 @@ class MemoryStream:
     async def finish(self, entry: Entry, *, output: Stream, payload: bytes) -> bool:
         if entry.id not in self._messages:
             return True
-        if not await output.put(payload):
+        if not await output.put(payload, label=self._messages[entry.id].label):
             return False
         del self._messages[entry.id]
         return True
@@ -109,6 +116,21 @@ class MemoryStream:
         num_bytes = sum(len(message.payload) for message in self._messages.values())
         return Depth(len(self._messages) - pending, pending, num_bytes)
 
+    async def holders(self) -> list[Holder]:
+        now, times = time.monotonic(), dict[str, list[float]]()
+        for message in self._messages.values():
+            if message.consumer is not None:
+                times.setdefault(message.consumer, []).append(message.delivered_at)
+        found = [Holder(name, len(given), now - min(given)) for name, given in times.items()]
+        return sorted(found, key=lambda holder: -holder.oldest_seconds)
+
+    def delivery(self, id: str) -> tuple[str, int] | None:
+        """Who has the entry, after how many deliveries; None if nobody has."""
+        message = self._messages.get(id)
+        if message is None or message.consumer is None:
+            return None
+        return message.consumer, message.deliveries
+
     def _deliver(self, consumer: str, ids: Sequence[str]) -> list[Entry]:
         delivered = []
         for id in ids:
@@ -118,3 +140,22 @@ class MemoryStream:
             message.delivered_at = time.monotonic()
             delivered.append(Entry(id, message.payload, message.deliveries))
         return delivered
+
+
+@dataclass(slots=True)
+class MemoryStreams:
+    """The in-memory twin of `shared.redis_stream.Streams`, as far as the learner's loop asks it.
+
+    Attributes:
+        server_name: change it, and another server has come.
+    """
+
+    prompts: MemoryStream
+    rollouts: MemoryStream
+    scored: MemoryStream
+    dead_letter: MemoryStream
+    server_name: str = "first"
+
+    async def server(self) -> str:
+        """Which server answers."""
+        return self.server_name

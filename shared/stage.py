@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Collection
 
+from shared.activity import Activity, Phase
 from shared.dead_letters import bury
 from shared.errors import StreamError
 from shared.lease import Registry, Role
@@ -39,7 +40,13 @@ class Stage:
         name: of this consumer, unique in its role.
         work: what is done with an entry; nothing it raises ends the stage.
         max_attempts: an entry delivered more often goes to `dead_letter`.
+        on_done: told of an entry that has left the source: handed on, or buried.
         on_idle: told the seconds that a claim took while nothing was in flight.
+        verb: what it does with groups, for people.
+
+    Attributes:
+        max_in_flight: may be changed while the stage runs; what is in work beyond it ends first.
+        activity: what it is doing; `work` and the gate may add what they wait for.
     """
 
     def __init__(
@@ -52,15 +59,19 @@ class Stage:
         work: Work,
         max_in_flight: int,
         max_attempts: int,
+        on_done: Callable[[Entry], Awaitable[None]] | None = None,
         on_idle: Callable[[float], None] = lambda seconds: None,
+        verb: str = "works on",
     ) -> None:
+        self.activity = Activity(verb=verb, source=source.name, output=output.name)
         self._name = name
         self._source = source
         self._output = output
         self._dead_letter = dead_letter
         self._work = work
-        self._max_in_flight = max_in_flight
+        self.max_in_flight = max_in_flight
         self._max_attempts = max_attempts
+        self._on_done = on_done
         self._on_idle = on_idle
         self._in_flight: set[asyncio.Task[None]] = set()
         self._held: set[str] = set()
@@ -76,16 +87,19 @@ class Stage:
         The gate is awaited before every claim; it may wait, and ends the stage with False.
         """
         backlog: list[Entry] | None = None
+        self.activity.loop_enters(Phase.INPUT)
         while await gate():
             try:
                 if backlog is None:
-                    left = await self._source.pending(self._name)
+                    left = await self._source.pending(self._name, held=self._held)
+                    # Again: some may have been adopted while Redis answered.
                     backlog = [entry for entry in left if entry.id not in self._held]
                     self._held.update(entry.id for entry in backlog)
                 await self._take(backlog)
             except StreamError as error:
                 logger.warning("%s is out of reach, trying again: %s", self._source.name, error)
                 await asyncio.sleep(RETRY_SECONDS)
+        self.activity.loop_enters(Phase.ENDED)
 
     async def finish(self, *, timeout_seconds: float | None = None) -> None:
         """Wait for what is in flight; after the timeout the rest is left to others."""
@@ -103,7 +117,7 @@ class Stage:
 
         And those that this one claimed without knowing it: the claim's reply was lost.
         """
-        free = self._max_in_flight - len(self._in_flight)
+        free = self.max_in_flight - len(self._in_flight)
         if free <= 0:
             return
         entries = await self._source.reclaim(
@@ -115,8 +129,9 @@ class Stage:
 
     async def _take(self, backlog: list[Entry]) -> None:
         """Start what there are places for; without a place, wait a moment for one."""
-        free = self._max_in_flight - len(self._in_flight)
+        free = self.max_in_flight - len(self._in_flight)
         if free <= 0:
+            self.activity.loop_enters(Phase.FULL)
             await asyncio.wait(
                 self._in_flight,
                 timeout=CLAIM_WAIT_SECONDS,
@@ -132,13 +147,16 @@ class Stage:
 
     async def _claim(self, count: int) -> list[Entry]:
         started, was_idle = time.monotonic(), not self._in_flight
+        self.activity.loop_calls()
         entries = await self._source.claim(self._name, count=count, wait_seconds=CLAIM_WAIT_SECONDS)
+        self.activity.loop_enters(Phase.INPUT)
         if was_idle:
             self._on_idle(time.monotonic() - started)
         return entries
 
     def _start(self, entry: Entry) -> None:
         self._held.add(entry.id)
+        self.activity.begin(entry.id)
         task = asyncio.create_task(self._complete(entry), name=f"group {entry.id}")
         self._in_flight.add(task)
         task.add_done_callback(self._in_flight.discard)
@@ -148,6 +166,7 @@ class Stage:
             await self._attempt(entry)
         finally:
             self._held.discard(entry.id)
+            self.activity.end(entry.id)
 
     async def _attempt(self, entry: Entry) -> None:
         try:
@@ -163,17 +182,27 @@ class Stage:
             logger.exception("could not work on entry %s of %s", entry.id, self._source.name)
             await self._bury(entry, f"{type(error).__name__}: {error}")
         else:
-            if payload is not None:
-                await self._hand_on(entry, payload)
+            if payload is None:
+                return
+            await self._hand_on(entry, payload)
+        if self._on_done is not None:
+            await self._on_done(entry)
 
     async def _bury(self, entry: Entry, reason: str) -> None:
+        self.activity.enter(entry.id, Phase.HAND_ON)
         await _however_long(
             lambda: bury(entry, self._source, self._dead_letter, error=reason),
             self._dead_letter.name,
         )
 
     async def _hand_on(self, entry: Entry, payload: bytes) -> None:
-        waited = BACKPRESSURE_SECONDS.labels(stream=self._output.name).inc
+        counter = BACKPRESSURE_SECONDS.labels(stream=self._output.name)
+
+        def waited(seconds: float) -> None:
+            counter.inc(seconds)
+            self.activity.enter(entry.id, Phase.ROOM)
+
+        self.activity.enter(entry.id, Phase.HAND_ON)
         await _however_long(
             lambda: finish_when_room(
                 self._source, entry, output=self._output, payload=payload, on_wait=waited

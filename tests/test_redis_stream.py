@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import signal
 import subprocess
 from collections import Counter
@@ -36,8 +37,9 @@ async def bytes_in(stream: Stream) -> int:
 
 
 async def test_every_key_of_a_run_has_its_hash_tag(streams: Streams) -> None:
-    await streams.prompts.put(b"a")
-    (entry,) = await streams.prompts.claim("one", count=1, wait_seconds=0.1)
+    await streams.prompts.put(b"z", label="last")
+    await streams.prompts.put(b"a", label="first")
+    (_, entry) = await streams.prompts.claim("one", count=2, wait_seconds=0.1)
     await streams.prompts.finish(entry, output=streams.rollouts, payload=b"b")
     tag = streams.prefix[streams.prefix.index("{") : streams.prefix.index("}") + 1]
     keys = {
@@ -45,8 +47,8 @@ async def test_every_key_of_a_run_has_its_hash_tag(streams: Streams) -> None:
         async for key in streams.client.scan_iter(match=f"*{tag[1:-1]}*")
     }  # fmt: skip
     assert {key.removeprefix(streams.prefix) for key in keys} == {
-        "prompts", "prompts:sizes", "prompts:recent", "rollouts", "rollouts:sizes",
-        "scored", "dead_letter",
+        "prompts", "prompts:sizes", "prompts:labels", "prompts:recent",
+        "rollouts", "rollouts:sizes", "rollouts:labels", "scored", "dead_letter",
     }  # fmt: skip
     assert all(tag in key for key in keys)
 
@@ -56,7 +58,7 @@ async def test_the_count_of_bytes_heals_itself(streams: Streams, damage: str) ->
     stream, client = streams.prompts, streams.client
     for size in (100, 200, 300):
         await stream.put(b"x" * size)
-    key, sizes = stream._key, stream._sizes
+    key, sizes = stream._keys[:2]
     (entry,) = await stream.claim("one", count=1, wait_seconds=0.1)
     match damage:
         case "sizes are lost":
@@ -73,6 +75,16 @@ async def test_the_count_of_bytes_heals_itself(streams: Streams, damage: str) ->
     assert await stream.put(b"x" * 5000)
     assert not await stream.put(b"y")
     await bytes_in(stream)
+
+
+async def test_a_label_whose_entry_was_removed_behind_our_back_is_not_shown(
+    streams: Streams,
+) -> None:
+    for index in range(2):
+        await streams.prompts.put(b"x", label=f"train/0/{index}/0")
+    gone, there = [entry.id for entry in await streams.prompts.browse()]
+    await streams.client.xdel(streams.prompts._key, gone)
+    assert await streams.prompts.labels() == {there: "train/0/1/0"}
 
 
 async def test_a_run_from_before_bytes_were_counted_goes_on(streams: Streams) -> None:
@@ -257,6 +269,7 @@ class Server:
     def __init__(self, folder: Path) -> None:
         self._prepared = prepare_redis(folder)
         self.url = self._prepared.url
+        self._data = folder / "appendonlydir"
         self._log = folder / "redis.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -271,6 +284,15 @@ class Server:
         if self._process is not None:
             self._process.send_signal(signal.SIGKILL)
             self._process.wait()
+
+    def freeze(self) -> None:
+        """It holds its connections and answers nothing, until `kill`."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def forget(self) -> None:
+        """Of a dead one: it starts with nothing."""
+        shutil.rmtree(self._data)
 
     def end(self) -> None:
         self.kill()

@@ -31,12 +31,16 @@ def three(request: pytest.FixtureRequest, streams: Streams) -> Three:
 
 @asynccontextmanager
 async def at_work(
-    three: Three, work: Callable[[Entry], Awaitable[bytes | None]], *, max_attempts: int = 3
+    three: Three,
+    work: Callable[[Entry], Awaitable[bytes | None]],
+    *,
+    max_attempts: int = 3,
+    on_done: Callable[[Entry], Awaitable[None]] | None = None,
 ) -> AsyncIterator[Stage]:
     source, output, dead = three
     stage = Stage(
         name="one", source=source, output=output, dead_letter=dead, work=work,
-        max_in_flight=4, max_attempts=max_attempts,
+        max_in_flight=4, max_attempts=max_attempts, on_done=on_done,
     )  # fmt: skip
 
     stop = asyncio.Event()
@@ -173,3 +177,62 @@ async def test_a_full_stream_of_dead_letters_loses_none(three: Three) -> None:
             while not await is_moved():
                 await asyncio.sleep(0.005)
     assert decode_dead_letter((await dead.peek())[-1]).payload == b"poison"
+
+
+async def test_the_number_in_work_follows_a_limit_that_changes(three: Three) -> None:
+    source, output, _ = three
+    ends: dict[bytes, asyncio.Event] = {}
+
+    async def work(entry: Entry) -> bytes:
+        ends[entry.payload] = asyncio.Event()
+        await ends[entry.payload].wait()
+        return entry.payload
+
+    async def are_begun(count: int) -> None:
+        async with asyncio.timeout(10.0):
+            while len(ends) < count:
+                await asyncio.sleep(0.005)
+
+    for number in range(7):
+        await source.put(b"%d" % number)
+    async with at_work(three, work) as stage:
+        await are_begun(4)
+        stage.max_in_flight = 1
+        for number in range(3):
+            ends[b"%d" % number].set()
+        await until(lambda: as_many_as(output, 3))
+        await stage.adopt(idle_seconds=0.0, alive=())
+        assert (len(ends), stage.num_in_flight) == (4, 1)
+        ends[b"3"].set()
+        await are_begun(5)
+        assert stage.num_in_flight == 1
+        stage.max_in_flight = 3
+        ends[b"4"].set()
+        await are_begun(7)
+        for end in ends.values():
+            end.set()
+
+
+async def as_many_as(stream: Stream, count: int) -> Collection[object]:
+    found = await stream.peek()
+    return found if len(found) >= count else ()
+
+
+async def test_it_is_told_of_each_entry_that_is_done_and_of_no_other(three: Three) -> None:
+    source, output, dead = three
+    done: list[bytes] = []
+
+    async def on_done(entry: Entry) -> None:
+        done.append(entry.payload)
+
+    async def work(entry: Entry) -> bytes | None:
+        if entry.payload == b"poison":
+            raise UnworkableError("poison")
+        return None if entry.payload == b"left" else entry.payload
+
+    for payload in (b"left", b"poison", b"good"):
+        await source.put(payload)
+    async with at_work(three, work, on_done=on_done):
+        await until(dead.peek)
+        await until(output.peek)
+    assert sorted(done) == [b"good", b"poison"]

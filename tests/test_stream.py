@@ -11,7 +11,7 @@ from shared.errors import StartError, StreamError
 from shared.memory_stream import MemoryStream
 from shared.redis_connection import shown
 from shared.redis_stream import Streams, open_streams
-from shared.stream import Bounds, Depth, Stream, finish_when_room, put_when_room
+from shared.stream import Bounds, Depth, Holder, Stream, finish_when_room, put_when_room
 
 Pair = Callable[[], tuple[Stream, Stream]]
 
@@ -189,6 +189,19 @@ async def test_an_unacknowledged_entry_is_delivered_again_in_order(
     assert await stream.pending("two") == []
 
 
+async def test_what_a_consumer_has_in_hand_is_not_delivered_again(
+    pair: tuple[Stream, Stream],
+) -> None:
+    stream, _ = pair
+    for payload in (b"a", b"b"):
+        await stream.put(payload)
+    first, _ = await stream.claim("one", count=2, wait_seconds=0.1)
+    again = await stream.pending("one", held={first.id})
+    assert [(entry.payload, entry.deliveries) for entry in again] == [(b"b", 2)]
+    (taken,) = await stream.reclaim("two", idle_seconds=0.0, alive={"two"}, count=1)
+    assert (taken.id, taken.deliveries) == (first.id, 2)
+
+
 async def test_an_acknowledged_entry_is_gone_and_makes_room(pair: tuple[Stream, Stream]) -> None:
     stream, _ = pair
     for number in range(8):
@@ -271,6 +284,57 @@ async def test_depth_tells_waiting_from_pending(pair: tuple[Stream, Stream]) -> 
         await stream.put(b"x")
     await stream.claim("one", count=1, wait_seconds=0.1)
     assert await stream.depth() == Depth(waiting=2, pending=1)
+
+
+async def test_holders_are_those_with_pending_entries_longest_first(
+    pair: tuple[Stream, Stream],
+) -> None:
+    stream, output = pair
+    for _ in range(5):
+        await stream.put(b"x")
+    assert await stream.holders() == []
+    await stream.claim("gone", count=1, wait_seconds=0.1)
+    await asyncio.sleep(0.2)
+    (done,) = await stream.claim("done", count=1, wait_seconds=0.1)
+    await stream.claim("quick", count=2, wait_seconds=0.1)
+    assert await stream.holders() == [Holder("gone", 1, 0), Holder("done", 1, 0),
+                                      Holder("quick", 2, 0)]  # fmt: skip
+    await stream.finish(done, output=output, payload=b"y")
+    first, second = await stream.holders()
+    assert (first.consumer, second.consumer) == ("gone", "quick")
+    assert first.oldest_seconds >= second.oldest_seconds + 0.15
+    assert (await stream.depth()).pending == 3
+
+
+async def test_an_entry_that_was_taken_over_counts_from_then(pair: tuple[Stream, Stream]) -> None:
+    stream, _ = pair
+    for _ in range(2):
+        await stream.put(b"x")
+    await stream.claim("dead", count=1, wait_seconds=0.1)
+    await stream.claim("heir", count=1, wait_seconds=0.1)
+    await asyncio.sleep(0.2)
+    await stream.reclaim("heir", idle_seconds=0.0, alive={"heir"}, count=1)
+    (heir,) = await stream.holders()
+    assert heir == Holder("heir", 2, 0)
+    assert 0.15 <= heir.oldest_seconds < 60  # of the second entry, whose id is the younger
+
+
+async def test_a_label_stays_with_what_is_made_of_its_entry(pair: tuple[Stream, Stream]) -> None:
+    stream, output = pair
+    await stream.put(b"a", label="first")
+    await stream.put(b"b")
+    await put_when_room(stream, b"c", label="third")
+    one, two, three = await stream.claim("one", count=3, wait_seconds=0.1)
+    assert await stream.labels() == {one.id: "first", three.id: "third"}
+    for entry in (one, two):
+        assert await stream.finish(entry, output=output, payload=entry.payload * 2)
+        assert await stream.finish(entry, output=output, payload=entry.payload * 2)
+    assert await stream.labels() == {three.id: "third"}
+    (done, _) = await output.claim("two", count=2, wait_seconds=0.1)
+    assert (done.payload, await output.labels()) == (b"aa", {done.id: "first"})
+    await output.acknowledge([done.id])
+    await stream.acknowledge([three.id])
+    assert await stream.labels() == await output.labels() == {}
 
 
 async def test_a_producer_waits_for_room_and_counts_the_wait(pair: tuple[Stream, Stream]) -> None:

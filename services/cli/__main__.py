@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, command, text in (
         ("report", _report, "draw the figures of a run, finished or not"),
         ("status", _status, "what a running run does now"),
+        ("audit", _audit, "check that no prompt was lost, trained twice, or trained too stale"),
     ):
         one = commands.add_parser(name, help=text)
         one.add_argument("folder", type=Path, help="the run's folder")
@@ -59,8 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     dead.add_argument("folder", type=Path, help="the run's folder")
     deed = dead.add_mutually_exclusive_group()
-    deed.add_argument("--requeue", metavar="ID|all", help="back to the stream it came from")
-    deed.add_argument("--drop", metavar="ID|all", help="forget it")
+    deed.add_argument(
+        "--requeue",
+        metavar="ID|all",
+        help="back to the stream it came from; trained on if no other attempt was",
+    )
+    deed.add_argument("--drop", metavar="ID|all", help="forget it; the run goes on either way")
     dead.set_defaults(command=_dead_letters)
     check = commands.add_parser("check", help="say whether a run file is right, and what it means")
     check.add_argument("file", type=Path, help="the run file (TOML)")
@@ -96,6 +101,13 @@ def _status(given: argparse.Namespace) -> int:
 
     print_status(existing_run(given.folder))
     return 0
+
+
+def _audit(given: argparse.Namespace) -> int:
+    from services.cli.audit import print_audit
+    from services.cli.run_folder import existing_run
+
+    return print_audit(existing_run(given.folder))
 
 
 def _dead_letters(given: argparse.Namespace) -> int:

@@ -1,4 +1,9 @@
-"""`isentrope dead-letters`: what a running run gave up, and what becomes of it."""
+"""`isentrope dead-letters`: what a running run gave up, and what becomes of it.
+
+The run does not wait for a person: the learner issues the prompt of a dead letter again, up to
+`redis.max_attempts` times, then it abandons that place of the prompt order. A letter that is put
+back after another attempt was trained on, or its place abandoned, is dropped as a duplicate.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +28,11 @@ _ANSWER_SECONDS = 10.0
 ROOM_SECONDS = 30.0
 """How long an entry waits for room in the stream it goes back to."""
 
+_WHAT_BECOMES_OF_THEM = (
+    "the learner issues these prompts again by itself, redis.max_attempts times at most, then"
+    " abandons them; one that is put back counts only if no other attempt did"
+)
+
 _READERS: dict[str, Callable[[bytes], PromptGroup]] = {
     PROMPTS: decode_prompt_group,
     ROLLOUTS: lambda payload: decode_rollout_group(payload).prompt,
@@ -42,6 +52,8 @@ def show(folder: RunFolder) -> None:
         print(f"{folder.run_id}: {_counted(len(entries))}")
         for entry in entries:
             print("\n".join(_described(entry)))
+        if entries:
+            print(_WHAT_BECOMES_OF_THEM)
 
     _with_streams(folder, look)
 

@@ -18,7 +18,7 @@ from shared.errors import PeerError, StreamError
 from shared.lease import Member, Registry
 from shared.redis_connection import connect
 from shared.redis_stream import key_prefix
-from shared.rpc import call, open_channel
+from shared.rpc import PROGRESS, call, open_channel
 
 _CALL_SECONDS = 2.0
 _STATE_PREFIX = "REPLICA_STATE_"
@@ -32,6 +32,9 @@ class ServiceView:
         answers: its gRPC server does.
         state: one word, or what it has done so far.
         groups: sampled, or scored.
+        activity: what it says that it does or waits for; empty from the learner.
+        progress_age_seconds: without progress in what it has to do.
+        is_stalled: it makes no progress in work of its own.
     """
 
     member: Member
@@ -41,11 +44,19 @@ class ServiceView:
     groups: int = 0
     groups_in_flight: int = 0
     mixed_version_completions: int = 0
+    activity: str = ""
+    progress_age_seconds: float = 0.0
+    is_stalled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class LearnerView:
-    """The learner's own account."""
+    """The learner's own account.
+
+    Attributes:
+        activity: what it does, or whom it waits for.
+        is_stalled: no step ended for `watchdog.stall_seconds`.
+    """
 
     step: int
     num_steps: int
@@ -54,6 +65,8 @@ class LearnerView:
     is_paused: bool
     metrics: Mapping[str, float] = field(default_factory=dict)
     queue_depths: Mapping[str, int] = field(default_factory=dict)
+    is_stalled: bool = False
+    seconds_without_step: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +125,10 @@ class Observer:
 
     async def _look_at_rollout(self, member: Member) -> ServiceView:
         stub = rollout_pb2_grpc.RolloutStub(self._channel(member.address))
-        status = await _ask(stub.GetStatus, rollout_pb2.GetRolloutStatusRequest(), member)
+        status, is_stalled = await asyncio.gather(
+            _ask(stub.GetStatus, rollout_pb2.GetRolloutStatusRequest(), member),
+            self._is_stalled(member),
+        )
         state = rollout_pb2.ReplicaState.Name(status.state).removeprefix(_STATE_PREFIX).lower()
         return ServiceView(
             member,
@@ -122,17 +138,35 @@ class Observer:
             groups=status.groups_sampled,
             groups_in_flight=status.groups_in_flight,
             mixed_version_completions=status.mixed_version_completions,
+            activity=status.activity,
+            progress_age_seconds=status.progress_age_seconds,
+            is_stalled=is_stalled,
         )
 
     async def _look_at_verifier(self, member: Member) -> ServiceView:
         stub = verifier_pb2_grpc.VerifierStub(self._channel(member.address))
-        status = await _ask(stub.GetStatus, verifier_pb.GetVerifierStatusRequest(), member)
-        return ServiceView(member, answers=True, state="scoring", groups=status.groups_scored)
+        status, is_stalled = await asyncio.gather(
+            _ask(stub.GetStatus, verifier_pb.GetVerifierStatusRequest(), member),
+            self._is_stalled(member),
+        )
+        return ServiceView(
+            member,
+            answers=True,
+            state="scoring",
+            groups=status.groups_scored,
+            activity=status.activity,
+            progress_age_seconds=status.progress_age_seconds,
+            is_stalled=is_stalled,
+        )
 
     async def _check_health(self, member: Member) -> ServiceView:
+        is_stalled = await self._is_stalled(member)
+        return ServiceView(member, answers=True, state="up", is_stalled=is_stalled)
+
+    async def _is_stalled(self, member: Member) -> bool:
         stub: Any = health_pb2_grpc.HealthStub(self._channel(member.address))
-        await _ask(stub.Check, health_pb2.HealthCheckRequest(), member)
-        return ServiceView(member, answers=True, state="up")
+        answer = await _ask(stub.Check, health_pb2.HealthCheckRequest(service=PROGRESS), member)
+        return bool(answer.status == health_pb2.HealthCheckResponse.NOT_SERVING)
 
     async def _look_at_learner(self, learners: Sequence[Member]) -> LearnerView | None:
         if not learners:
@@ -150,6 +184,8 @@ class Observer:
             is_paused=status.is_paused,
             metrics=dict(status.metrics),
             queue_depths=dict(status.queue_depths),
+            is_stalled=status.is_stalled,
+            seconds_without_step=status.seconds_without_step,
         )
 
     def _channel(self, address: str) -> grpc.aio.Channel:

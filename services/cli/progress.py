@@ -80,7 +80,7 @@ class PlainProgress:
                 self._last_step = step
                 self.say(step_line(view.rows[: place + 1], view, self._num_steps))
         if self._clock() - self._said_at >= _QUIET_SECONDS:
-            self.say(_doing(view))
+            self.say(doing(view))
 
     def close(self) -> None:
         pass
@@ -155,7 +155,8 @@ def dashboard(view: View, title: str, num_steps: int, elapsed: float) -> Rendera
     parts: list[Any] = [_heading(view, title, num_steps, elapsed), _measures_table(view)]
     if view.services:
         parts.append(services_table(view))
-    parts.append(Text(_doing(view), style="yellow" if view.trouble else "dim"))
+    is_wrong = view.trouble or (view.learner is not None and view.learner.is_stalled)
+    parts.append(Text(doing(view), style="yellow" if is_wrong else "dim"))
     return Group(*parts)
 
 
@@ -170,10 +171,10 @@ def services_table(view: View) -> RenderableType:
         table.add_column(title, justify="right")
     for each in view.services:
         is_rollout = each.member.role == "rollout"
-        style = None if each.answers else "yellow"
+        style = None if each.answers and not each.is_stalled else "yellow"
         table.add_row(
             each.member.name,
-            each.state,
+            "stalled" if each.is_stalled else each.state,
             _version_text(each.policy_version),
             f"{each.groups:,}" if each.member.role != "learner" else "",
             str(each.groups_in_flight) if is_rollout else "",
@@ -262,13 +263,17 @@ def _measures_table(view: View) -> RenderableType:
     return grid
 
 
-def _doing(view: View) -> str:
+def doing(view: View) -> str:
+    """What goes on, or what keeps it from going on."""
+    learner = view.learner
     if view.trouble:
         return view.trouble
-    if view.learner is None:
+    if learner is None:
         return "waiting for the learner"
-    paused = "paused: " if view.learner.is_paused else ""
-    return f"{paused}{view.learner.activity or 'the learner has not said what it does'}"
+    text = learner.activity or "the learner has not said what it does"
+    if learner.is_stalled:
+        return f"no step for {duration(learner.seconds_without_step)}: {text}"
+    return f"paused: {text}" if learner.is_paused else text
 
 
 def _queues_text(view: View) -> str:

@@ -1,7 +1,7 @@
 """The folder of a run: its files, its lock, which one is the newest.
 
 <run.directory>/<run id>/
-  run.toml  logs/<service>.log  redis/  redis-url  metrics.jsonl  checkpoints/  model/
+  run.toml  logs/<service>.log  redis/  redis-url  metrics.jsonl  ledger.jsonl  checkpoints/  model/
   plots/  report.html
 """
 
@@ -59,6 +59,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """One JSON object a step, written by the learner."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def ledger(self) -> Path:
+        """One JSON object a step, written by the learner: how places of the prompt order ended."""
+        return self.path / "ledger.jsonl"
 
     @property
     def model(self) -> Path:

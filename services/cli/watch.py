@@ -13,7 +13,7 @@ from enum import Enum
 
 from services.cli.launch import LEARNER, ROLLOUT, VERIFIER, Launch
 from services.cli.observer import Observer, ServiceView, View
-from services.cli.progress import Progress
+from services.cli.progress import Progress, doing
 from services.cli.supervisor import Child, ServiceDiedError, Supervisor, status_in_words
 from shared.errors import StartError
 
@@ -59,6 +59,7 @@ class Watch:
         self._restart_command = restart_command
         self._services: dict[Key, _Service] = {}
         self._num_learners = 0
+        self._is_stalled = False
 
     async def until_finished(self, children: Iterable[Child]) -> View:
         """The last view, once every learner rank has ended with status 0.
@@ -153,12 +154,23 @@ class Watch:
 
     def _tell(self, view: View) -> None:
         if not self._awaited:
+            self._tell_stall(view)
             self._progress.show(view)
             return
         learner = view.learner
         doing = f"; the learner: {learner.activity}" if learner and learner.activity else ""
         names = ", ".join(name for _, name in sorted(self._awaited))
         self._progress.activity(f"waiting for {names}{doing}")
+
+    def _tell_stall(self, view: View) -> None:
+        """Once when steps stop coming, and once when they come again."""
+        if view.learner is None or view.learner.is_stalled == self._is_stalled:
+            return
+        self._is_stalled = view.learner.is_stalled
+        if self._is_stalled:
+            self._progress.warn(doing(view))
+        else:
+            self._progress.say("the run goes on")
 
     def _still_awaited(self, view: View) -> str:
         leases = {(each.member.role, each.member.name) for each in view.services}

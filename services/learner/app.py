@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from protos import learner_pb2_grpc as pb_grpc
+from services.learner.catch_up import CatchUp
 from services.learner.engine import LearnerEngine
 from services.learner.evaluation import Evaluator, LawFit
 from services.learner.feeder import Feeder
@@ -17,9 +18,14 @@ from services.learner.fleet import Fleet
 from services.learner.inbox import CONSUMER, Inbox
 from services.learner.journal import Journal
 from services.learner.ledger import Ledger
-from services.learner.loop import Learner, Progress
+from services.learner.loop import Learner
+from services.learner.outage import Outage
+from services.learner.progress import Progress
 from services.learner.publisher import OnEngine, Publisher
+from services.learner.reconcile import Reconciler
+from services.learner.refit import Refitter
 from services.learner.service import SERVICE, LearnerServicer
+from services.learner.watchdog import Watchdog
 from shared.config import RunConfig
 from shared.device import find_device
 from shared.lease import Registry
@@ -28,9 +34,10 @@ from shared.metrics import (
     describe_process,
     learner_gauges,
     serve_metrics,
+    watch_steps,
 )
 from shared.process import ServiceArguments
-from shared.redis_connection import check_server
+from shared.redis_connection import Patience, check_server
 from shared.redis_stream import Streams, open_streams
 from shared.rpc import serve
 from shared.stream import Bounds
@@ -41,6 +48,9 @@ from shared.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 CANARY_TOKENS = 32
+
+RETRIES = 3
+"""Of redis-py, about a second: the loop itself waits out an outage, and says so meanwhile."""
 
 
 async def run_rank(given: ServiceArguments, stop: asyncio.Event) -> None:
@@ -75,19 +85,25 @@ async def _lead(
     """Rank 0: serve, hold the lease, run the loop."""
     config, network, redis = given.config, given.config.network, given.config.redis
     metrics_port = _serve_metrics(given)
+    progress = Progress()
+    outage = Outage(given.redis_url, progress)
     async with open_streams(
         given.redis_url,
         run_id=given.run_id,
         prompts=Bounds(redis.max_prompts, redis.max_prompts_bytes),
         groups=Bounds(redis.max_groups, redis.max_groups_bytes),
         timeout_seconds=network.call_timeout_seconds,
+        patience=Patience(given.redis_url, seconds=redis.outage_seconds, told=outage.told),
+        retries=RETRIES,
     ) as streams:
-        learner = _wire(given, streams, engine, on_engine)
+        learner = _wire(given, streams, engine, on_engine, progress)
+        catch_up = CatchUp(learner.publisher)
         servicer = LearnerServicer(
             run_id=given.run_id,
             num_steps=config.run.num_steps,
             progress=learner.progress,
             publisher=learner.publisher,
+            catch_up=catch_up,
         )
         registry = Registry(streams.client, prefix=streams.prefix)
         async with (
@@ -107,26 +123,46 @@ async def _lead(
             ) as lease,
         ):
             await server.set_serving(True)
-            await _run(learner, lease, stop, resume=given.resume)
+            watchdog = Watchdog(
+                progress=learner.progress,
+                streams=streams.impatient(),
+                registry=registry,
+                publisher=learner.publisher,
+                stall_seconds=config.watchdog.stall_seconds,
+            )
+            async with (
+                watchdog.watching(server),
+                catch_up.running(f"{given.host}:{server.port}") as catching_up,
+            ):
+                await _run(learner, outage, {lease, catching_up}, stop, resume=given.resume)
+            if given.stays and learner.progress.is_finished:
+                await _until_told(stop, lease)
 
 
 async def _run(
-    learner: Learner, lease: asyncio.Task[None], stop: asyncio.Event, *, resume: bool
+    learner: Learner,
+    outage: Outage,
+    beside: set[asyncio.Task[None]],
+    stop: asyncio.Event,
+    *,
+    resume: bool,
 ) -> None:
-    """The loop until its end; a signal asks it to stop, a lost lease ends it at once."""
+    """The loop until its end; a signal asks it to stop.
+
+    Args:
+        beside: what ends only by an error, a lost lease say; the loop then ends at once.
+    """
 
     async def ask_to_stop() -> None:
         await stop.wait()
         learner.progress.is_stopping = True
 
     asking = asyncio.create_task(ask_to_stop())
-    running = asyncio.create_task(learner.run(resume=resume), name="loop")
+    running = outage.loop = asyncio.create_task(learner.run(resume=resume), name="loop")
     try:
-        await asyncio.wait({running, lease}, return_when=asyncio.FIRST_COMPLETED)
-        if running.done():
-            running.result()
-        else:
-            lease.result()
+        done, _ = await asyncio.wait({running, *beside}, return_when=asyncio.FIRST_COMPLETED)
+        for task in {running} & done or done:
+            task.result()
     finally:
         for task in (asking, running):
             task.cancel()
@@ -135,14 +171,31 @@ async def _run(
         await learner.publisher.close()
 
 
+async def _until_told(stop: asyncio.Event, lease: asyncio.Task[None]) -> None:
+    """Wait for the order to end; status, health and metrics are answered meanwhile.
+
+    Raises:
+        StreamError: another process took the learner's name.
+    """
+    told = asyncio.create_task(stop.wait())
+    await asyncio.wait({told, lease}, return_when=asyncio.FIRST_COMPLETED)
+    told.cancel()
+    if lease.done():
+        lease.result()
+
+
 def _wire(
-    given: ServiceArguments, streams: Streams, engine: LearnerEngine, on_engine: OnEngine
+    given: ServiceArguments,
+    streams: Streams,
+    engine: LearnerEngine,
+    on_engine: OnEngine,
+    progress: Progress,
 ) -> Learner:
     config = given.config
     task = load_task(config.task.name, config.task.params)
     problems = task.problems("train")
     tokenizer = Tokenizer(config.model_path, use_chat_template=config.model.use_chat_template)
-    registry = Registry(streams.client, prefix=streams.prefix)
+    registry = Registry(streams.client, prefix=streams.prefix, patience=streams.patience)
     ledger = Ledger(run_id=given.run_id, num_problems=len(problems), seed=config.run.seed)
     feeder = Feeder(
         config=config,
@@ -158,17 +211,13 @@ def _wire(
         problems=task.problems("eval"),
         tokenizer=tokenizer,
     )
-    inbox = Inbox(
-        scored=streams.scored,
-        dead_letter=streams.dead_letter,
-        ledger=ledger,
-        feeder=feeder,
-        evaluator=evaluator,
+    inbox, reconciler = _intake(
+        config,
+        streams,
+        ledger,
+        feeder,
+        evaluator,
         on_evaluated=lambda metrics: learner.on_evaluated(metrics),
-        max_staleness=config.learner.max_staleness,
-        max_attempts=config.redis.max_attempts,
-        replace_degenerate=config.advantage.dynamic_sampling,
-        max_degenerate_batches=config.advantage.max_degenerate_batches,
     )
     learner = Learner(
         config=config,
@@ -177,6 +226,7 @@ def _wire(
         ledger=ledger,
         feeder=feeder,
         inbox=inbox,
+        reconciler=reconciler,
         evaluator=evaluator,
         law=LawFit(config.law),
         publisher=_publisher(
@@ -191,9 +241,44 @@ def _wire(
         journal=Journal(given.run_folder / "metrics.jsonl"),
         history=Journal(given.run_folder / "ledger.jsonl"),
         gauges=learner_gauges(),
-        progress=Progress(),
+        progress=progress,
     )
     return learner
+
+
+def _intake(
+    config: RunConfig,
+    streams: Streams,
+    ledger: Ledger,
+    feeder: Feeder,
+    evaluator: Evaluator,
+    *,
+    on_evaluated: Callable[[dict[str, Any]], None],
+) -> tuple[Inbox, Reconciler]:
+    """What takes groups, and what sees that those which are out can still come."""
+    inbox = Inbox(
+        scored=streams.scored,
+        dead_letter=streams.dead_letter,
+        ledger=ledger,
+        feeder=feeder,
+        evaluator=evaluator,
+        on_evaluated=on_evaluated,
+        max_staleness=config.learner.max_staleness,
+        max_attempts=config.redis.max_attempts,
+        replace_degenerate=config.advantage.dynamic_sampling,
+        max_degenerate_batches=config.advantage.max_degenerate_batches,
+    )
+    reconciler = Reconciler(
+        streams=streams,
+        ledger=ledger,
+        feeder=feeder,
+        evaluator=evaluator,
+        inbox=inbox,
+        on_evaluated=on_evaluated,
+        seconds=config.redis.reconcile_seconds,
+        max_attempts=config.redis.max_attempts,
+    )
+    return inbox, reconciler
 
 
 def _publisher(
@@ -211,15 +296,20 @@ def _publisher(
         layout="pairs" if backend == "gloo" else "one",
         timeout_seconds=weights.timeout_seconds,
     )
-    return Publisher(
-        fleet=fleet,
-        registry=registry,
-        engine=engine,
-        on_engine=on_engine,
+    refitter = Refitter(
         bucket_bytes=weights.bucket_mib * 2**20,
         timeout_seconds=weights.timeout_seconds,
         canary_token_ids=canary_token_ids,
         canary_tolerance=weights.canary_tolerance,
+    )
+    return Publisher(
+        fleet=fleet,
+        refitter=refitter,
+        registry=registry,
+        engine=engine,
+        on_engine=on_engine,
+        republish_seconds=weights.republish_seconds,
+        keeps_copy=weights.catch_up == "stream",
     )
 
 
@@ -232,6 +322,7 @@ def _serve_metrics(given: ServiceArguments) -> int:
         band = config.adaptive_entropy
         LEARNER_ENTROPY_BOUND.labels(bound="lower").set(band.entropy_low)
         LEARNER_ENTROPY_BOUND.labels(bound="upper").set(band.entropy_high)
+    watch_steps()
     return serve_metrics(host=config.network.host, port=config.network.metrics_port)
 
 

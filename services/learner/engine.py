@@ -161,6 +161,7 @@ class LearnerEngine:
                 self._ranks.send(Command(Opcode.GATHER, bucket.start, bucket.stop))
                 gathered = self._gather(bucket)
             yield from zip((named[i][0] for i in bucket), gathered, strict=True)
+            del gathered  # before the next are gathered
 
     def save(self, folder: Path) -> None:
         """Write everything that `load` needs to go on as if nothing had happened."""

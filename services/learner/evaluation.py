@@ -7,32 +7,46 @@ R = -a exp(H) + b.
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.learner.feeder import make_group
-from shared.codec import encode_prompt_group
+from services.learner.feeder import make_group, put_group
 from shared.config import RunConfig
 from shared.config.algorithm import LawConfig
-from shared.metrics import BACKPRESSURE_SECONDS
+from shared.metrics import LEARNER_REISSUED
 from shared.records import GroupUid, Outcome, Purpose, ScoredGroup
 from shared.rl.entropy_law import EntropyLaw, fit, forecast
-from shared.stream import Stream, put_when_room
+from shared.stream import Stream
 from shared.tasks.task import Problem
 from shared.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class Evaluation:
-    """One evaluation under way; results are (mean reward, solved share, any solved) by problem."""
+    """One evaluation under way.
+
+    Attributes:
+        results: (mean reward, solved share, any solved) by problem.
+        attempts: how often a problem was issued again, where it was.
+        given_up: problems that will have no result; the score is of the others.
+    """
 
     policy_version: int
     started_at: float
     results: dict[int, tuple[float, float, float]] = field(default_factory=dict)
     max_version_distance: int = 0
+    attempts: dict[int, int] = field(default_factory=dict)
+    given_up: set[int] = field(default_factory=set)
+
+    def missing(self, num_problems: int) -> list[int]:
+        """Problems that a result is still expected of."""
+        return [i for i in range(num_problems) if i not in self.results and i not in self.given_up]
 
 
 class Evaluator:
@@ -59,6 +73,11 @@ class Evaluator:
         """Evaluations whose results are not all in."""
         return len(self._under_way)
 
+    @property
+    def num_missing(self) -> int:
+        """Groups without a result."""
+        return sum(len(each.missing(len(self._problems))) for each in self._under_way.values())
+
     def is_due(self, step: int) -> bool:
         """Every so many steps, at the very start and at the very end."""
         every = self._config.evaluation.every_steps
@@ -67,13 +86,38 @@ class Evaluator:
     async def issue(self, step: int, *, policy_version: int) -> None:
         """Start the evaluation of the version that `step` published."""
         self._under_way[step] = Evaluation(policy_version, time.time())
-        await self._put(step, range(len(self._problems)), attempt=0)
+        for index in range(len(self._problems)):
+            await self._put(step, index)
 
-    async def reissue_missing(self) -> None:
-        """After a crash: issue again what has no result; a second result is ignored."""
-        for step, evaluation in self._under_way.items():
-            missing = [i for i in range(len(self._problems)) if i not in evaluation.results]
-            await self._put(step, missing, attempt=1)
+    async def issue_missing(
+        self, held: Iterable[GroupUid], dead: Iterable[GroupUid], *, max_attempts: int
+    ) -> list[dict[str, Any]]:
+        """Issue again what has no result and is nowhere; give up what died as its last attempt.
+
+        Args:
+            held: evaluation groups on their way.
+            dead: those in `dead_letter`.
+        Returns:
+            The metrics of evaluations that are complete without what was given up.
+        """
+        on_their_way = {(uid.epoch, uid.index) for uid in held}
+        dead_attempts = {(uid.epoch, uid.index, uid.attempt) for uid in dead}
+        finished = []
+        for step, evaluation in list(self._under_way.items()):
+            for index in evaluation.missing(len(self._problems)):
+                if (step, index) in on_their_way:
+                    continue
+                newest = evaluation.attempts.get(index, 0)
+                if (step, index, newest) in dead_attempts and newest + 1 >= max_attempts:
+                    logger.error("gave up problem %d of the evaluation of step %d", index, step)
+                    evaluation.given_up.add(index)
+                    continue
+                evaluation.attempts[index] = newest + 1
+                LEARNER_REISSUED.labels(reason="evaluation").inc()
+                await self._put(step, index)
+            if (metrics := self._finish_if_complete(step)) is not None:
+                finished.append(metrics)
+        return finished
 
     def add(self, group: ScoredGroup) -> dict[str, Any] | None:
         """Take a result; the finished evaluation's metrics once it was the last one."""
@@ -88,10 +132,7 @@ class Evaluator:
             for run in completion.version_runs
         )
         evaluation.max_version_distance = max(evaluation.max_version_distance, distance)
-        if len(evaluation.results) < len(self._problems):
-            return None
-        del self._under_way[uid.epoch]
-        return _summary(uid.epoch, evaluation)
+        return self._finish_if_complete(uid.epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps; JSON."""
@@ -101,6 +142,8 @@ class Evaluator:
                 "started_at": each.started_at,
                 "results": sorted(each.results.items()),
                 "max_version_distance": each.max_version_distance,
+                "attempts": sorted(each.attempts.items()),
+                "given_up": sorted(each.given_up),
             }
             for step, each in self._under_way.items()
         }
@@ -113,26 +156,34 @@ class Evaluator:
                 each["started_at"],
                 {index: tuple(result) for index, result in each["results"]},
                 each["max_version_distance"],
+                dict(each["attempts"]),
+                set(each["given_up"]),
             )
             for step, each in state.items()
         }
 
-    async def _put(self, step: int, indices: Sequence[int], *, attempt: int) -> None:
-        for index in indices:
-            group = make_group(
-                self._config,
-                self._tokenizer,
-                uid=GroupUid(self._run_id, step, index, attempt),
-                purpose=Purpose.EVAL,
-                problem=self._problems[index],
-                problem_index=index,
-                policy_version=self._under_way[step].policy_version,
-            )
-            await put_when_room(
-                self._prompts,
-                encode_prompt_group(group),
-                on_wait=BACKPRESSURE_SECONDS.labels(stream=self._prompts.name).inc,
-            )
+    def _finish_if_complete(self, step: int) -> dict[str, Any] | None:
+        evaluation = self._under_way[step]
+        if evaluation.missing(len(self._problems)):
+            return None
+        del self._under_way[step]
+        if not evaluation.results:
+            logger.error("the evaluation of step %d has no result at all", step)
+            return None
+        return _summary(step, evaluation)
+
+    async def _put(self, step: int, index: int) -> None:
+        evaluation = self._under_way[step]
+        group = make_group(
+            self._config,
+            self._tokenizer,
+            uid=GroupUid(self._run_id, step, index, evaluation.attempts.get(index, 0)),
+            purpose=Purpose.EVAL,
+            problem=self._problems[index],
+            problem_index=index,
+            policy_version=evaluation.policy_version,
+        )
+        await put_group(self._prompts, group)
 
 
 class LawFit:

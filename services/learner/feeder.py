@@ -6,28 +6,19 @@ trained, abandoned or skipped. Stops when enough positions for the whole run are
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+from services.learner.labels import label_of
 from services.learner.ledger import Ledger
-from shared.codec import (
-    decode_prompt_group,
-    decode_rollout_group,
-    decode_scored_group,
-    encode_prompt_group,
-)
+from shared.codec import encode_prompt_group
 from shared.config import RunConfig
-from shared.errors import StreamError
 from shared.metrics import BACKPRESSURE_SECONDS, LEARNER_REISSUED
 from shared.records import GroupUid, PromptGroup, Purpose
-from shared.redis_stream import Streams
 from shared.rl.staleness import admissible
 from shared.stream import Stream, put_when_room
 from shared.tasks.task import Problem
 from shared.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
 
 
 class Feeder:
@@ -72,17 +63,6 @@ class Feeder:
         LEARNER_REISSUED.labels(reason=reason).inc()
         await self._put(self._ledger.reissue(position), policy_version)
 
-    async def recover(self, streams: Streams, *, policy_version: int) -> None:
-        """After a crash: adopt what the streams hold, issue again what they lost."""
-        held = await held_training_uids(streams)
-        self._ledger.adopt(held)
-        missing = self._ledger.missing({self._ledger.position(uid) for uid in held})
-        logger.info(
-            "recovered: the streams hold %d groups, %d are issued again", len(held), len(missing)
-        )
-        for position in missing:
-            await self.reissue(position, reason="lost", policy_version=policy_version)
-
     async def _put(self, uid: GroupUid, policy_version: int) -> None:
         index = self._ledger.problem_index(uid)
         group = make_group(
@@ -94,11 +74,17 @@ class Feeder:
             problem_index=index,
             policy_version=policy_version,
         )
-        await put_when_room(
-            self._prompts,
-            encode_prompt_group(group),
-            on_wait=BACKPRESSURE_SECONDS.labels(stream=self._prompts.name).inc,
-        )
+        await put_group(self._prompts, group)
+
+
+async def put_group(prompts: Stream, group: PromptGroup) -> None:
+    """Put a group on `prompts` under its label, when there is room."""
+    await put_when_room(
+        prompts,
+        encode_prompt_group(group),
+        label=label_of(group),
+        on_wait=BACKPRESSURE_SECONDS.labels(stream=prompts.name).inc,
+    )
 
 
 def make_group(
@@ -127,23 +113,3 @@ def make_group(
         min_policy_version=0 if is_training else policy_version,
         issued_at=time.time(),
     )
-
-
-async def held_training_uids(streams: Streams) -> list[GroupUid]:
-    """The uid of every training group that is anywhere in the streams; unreadable ones left out."""
-    readers: list[tuple[Stream, Callable[[bytes], PromptGroup]]] = [
-        (streams.prompts, decode_prompt_group),
-        (streams.rollouts, lambda payload: decode_rollout_group(payload).prompt),
-        (streams.scored, lambda payload: decode_scored_group(payload).rollout.prompt),
-    ]
-    held = []
-    for stream, read in readers:
-        for payload in await stream.peek():
-            try:
-                prompt = read(payload)
-            except StreamError as error:
-                logger.warning("%s holds an entry that cannot be read: %s", stream.name, error)
-                continue
-            if prompt.purpose is Purpose.TRAIN:
-                held.append(prompt.uid)
-    return held

@@ -1,57 +1,25 @@
-"""The rollout replicas as the learner sees them, and the broadcast groups it shares with them."""
+"""The rollout replicas that hold a lease, and the broadcast groups the learner shares with them."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
-
-import grpc
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Literal
 
 from protos import rollout_pb2 as pb
 from protos import rollout_pb2_grpc as pb_grpc
+from services.learner.peer import Peer, ask_each, left_behind
 from shared.broadcast import BroadcastGroup, GroupSpec, open_group, open_store
 from shared.errors import PeerError
 from shared.lease import Member, Registry
-from shared.metrics import WEIGHT_SYNC_OPERATIONS
-from shared.rpc import call, open_channel
+from shared.rpc import open_channel
 
 logger = logging.getLogger(__name__)
 
-CANARY = "CANARY"
-"""`PeerError.status` of a replica whose canary's log-probs differ."""
-
-
-@dataclass(eq=False, slots=True)
-class Peer:
-    """A rollout replica.
-
-    Attributes:
-        policy_version: what it serves, as far as the learner confirmed it; None if nothing.
-        groups: the learner's ends of the broadcast groups that reach its workers.
-        epoch: in which those groups were formed.
-    """
-
-    member: Member
-    channel: grpc.aio.Channel
-    stub: pb_grpc.RolloutAsyncStub
-    num_workers: int
-    policy_version: int | None = None
-    groups: list[BroadcastGroup] = field(default_factory=list)
-    epoch: int = 0
-
-    @property
-    def name(self) -> str:
-        """The replica's name."""
-        return self.member.name
-
-    def leave_groups(self) -> None:
-        """Close the learner's ends; the peer must join again before the next transfer."""
-        for group in self.groups:
-            group.close()
-        self.groups.clear()
+_OPENING_THREADS = 64
+"""Ends of groups that are opened at the same time; each waits in a thread for the other end."""
 
 
 class Fleet:
@@ -81,29 +49,42 @@ class Fleet:
         self._store = open_store(host)
         self._epoch = 0
         self._peers: dict[str, Peer] = {}
+        self._meeting = asyncio.Lock()
+        self._threads = ThreadPoolExecutor(_OPENING_THREADS, thread_name_prefix="open-group")
 
     @property
     def peers(self) -> list[Peer]:
         """The replicas met, in order of their names."""
         return sorted(self._peers.values(), key=lambda peer: peer.name)
 
+    @property
+    def has_one_group(self) -> bool:
+        """Whether a member that breaks a transfer breaks it for all."""
+        return self._layout == "one"
+
     async def meet(self) -> None:
         """Follow the leases: a channel to whoever came, none to whoever went."""
-        members = {member.token: member for member in await self._registry.members("rollout")}
-        for token in set(self._peers) - set(members):
-            logger.warning("replica %s is gone", self._peers[token].name)
-            await self._part(token)
-        newcomers = set(members) - set(self._peers)
-        await asyncio.gather(*(self._greet(members[token]) for token in newcomers))
+        async with self._meeting:
+            members = {member.token: member for member in await self._registry.members("rollout")}
+            for token in set(self._peers) - set(members):
+                logger.warning("replica %s is gone", self._peers[token].name)
+                await self._part(token)
+            newcomers = set(members) - set(self._peers)
+            await asyncio.gather(*(self._greet(members[token]) for token in newcomers))
+
+    async def ask_who_lives(self, peers: list[Peer]) -> dict[Peer, PeerError]:
+        """Ask each for a sign of life; returns the silent. A stopped process gives none."""
+        timeout_seconds = self._timeout_seconds
+        return await ask_each(
+            {peer: peer.ask_status(timeout_seconds=timeout_seconds) for peer in peers}
+        )
 
     async def connect(self, peers: list[Peer]) -> list[Peer]:
-        """See that each has its groups; returns those that do."""
+        """See that each has its groups; returns those that do, the others are left behind."""
         # An end that is opened holds a thread until the other end comes: never for a dead one.
-        without = {
-            peer: self._ask_status(peer.name, peer.stub) for peer in peers if not peer.groups
-        }
-        living = await each(without, doing="asking whether it is there")
-        peers = [peer for peer in peers if peer.groups or peer in living]
+        silent = await self.ask_who_lives([peer for peer in peers if not peer.groups])
+        left_behind(silent, doing="asking whether it is there")
+        peers = [peer for peer in peers if peer not in silent]
         if self._layout == "pairs":
             await self._connect_pairs([peer for peer in peers if not peer.groups])
         else:
@@ -118,27 +99,25 @@ class Fleet:
         """Leave every group and close every channel."""
         for token in list(self._peers):
             await self._part(token)
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _greet(self, member: Member) -> None:
         channel = open_channel(member.address)
-        stub: pb_grpc.RolloutAsyncStub = pb_grpc.RolloutStub(channel)
+        peer = Peer(member, channel, pb_grpc.RolloutStub(channel), num_workers=1)
         try:
-            status = await self._ask_status(member.name, stub)
+            status = await peer.ask_status(timeout_seconds=self._timeout_seconds)
         except PeerError as error:
             logger.warning("replica does not answer yet: %s", error)
             await channel.close()
             return
-        self._peers[member.token] = Peer(member, channel, stub, max(1, status.num_workers))
+        peer.num_workers = max(1, status.num_workers)
+        self._peers[member.token] = peer
         logger.info("met replica %s at %s", member.name, member.address)
 
-    async def _ask_status(
-        self, name: str, stub: pb_grpc.RolloutAsyncStub
-    ) -> pb.GetRolloutStatusResponse:
-        request, timeout_seconds = pb.GetRolloutStatusRequest(), self._timeout_seconds
-        return await call(stub.GetStatus, request, peer=name, timeout_seconds=timeout_seconds)
-
     async def _part(self, token: str) -> None:
+        """Whoever waits for it, in a call or in a transfer, need not wait any longer."""
         peer = self._peers.pop(token)
+        peer.gone.set()
         peer.leave_groups()
         await peer.channel.close()
 
@@ -147,17 +126,22 @@ class Fleet:
         for peer in newcomers:
             self._epoch += 1
             specs.append(self._spec(peer.name, rank=1, world_size=2))
-        await each(
+        failed = await ask_each(
             {
                 peer: self._connect_pair(peer, spec)
                 for peer, spec in zip(newcomers, specs, strict=True)
-            },
-            doing="joining its broadcast group",
+            }
         )
+        left_behind(failed, doing="joining its broadcast group")
 
     async def _connect_pair(self, peer: Peer, spec: GroupSpec) -> None:
         ends = [_learner_end(spec, worker=worker) for worker in range(peer.num_workers)]
-        opened, _ = await asyncio.gather(self._open(ends), self._ask_to_join(peer, spec))
+        opening = asyncio.ensure_future(self._open(ends))
+        try:
+            opened, _ = await asyncio.gather(asyncio.shield(opening), self._ask_to_join(peer, spec))
+        except PeerError:
+            opening.add_done_callback(_close_opened)
+            raise
         peer.groups, peer.epoch = opened, spec.epoch
 
     async def _connect_all(self, peers: list[Peer]) -> None:
@@ -179,44 +163,50 @@ class Fleet:
     async def _form_group(self, peers: list[Peer]) -> list[Peer]:
         """Returns those to try again with: everyone if it formed, else all but the culprits.
 
-        ABORTED is what a replica answers that waited for the others in vain. Nobody is tried
-        again if nobody else is to blame.
+        Decided by the first failure, since a group that lacks one member never forms.
         """
         self._epoch += 1
         world_size, rank = 1 + sum(peer.num_workers for peer in peers), 1
-        joins = []
+        joins: dict[Peer, asyncio.Task[None]] = {}
         for peer in peers:
-            joins.append(
-                self._ask_to_join(peer, self._spec("all", rank=rank, world_size=world_size))
-            )
+            spec = self._spec("all", rank=rank, world_size=world_size)
+            joins[peer] = asyncio.create_task(self._ask_to_join(peer, spec))
             rank += peer.num_workers
         end = _learner_end(self._spec("all", rank=0, world_size=world_size), worker=0)
-        outcomes: list[Any] = await asyncio.gather(
-            self._open([end]), *joins, return_exceptions=True
-        )
-        opened, answers = outcomes[0], outcomes[1:]
-        for answer in outcomes:
-            if isinstance(answer, BaseException) and not isinstance(answer, PeerError):
-                raise answer
-        if not isinstance(opened, PeerError):
-            for peer in peers:
-                peer.groups, peer.epoch = list(opened), self._epoch
-            return peers
-        errors = [answer if isinstance(answer, PeerError) else opened for answer in answers]
-        blamed = {
-            peer: error
-            for peer, error in zip(peers, errors, strict=True)
-            if error.status not in ("", "ABORTED")
-        }
-        culprits = blamed or dict.fromkeys(peers, opened)
-        for peer, error in culprits.items():
-            left_behind([peer], doing="joining the group", error=error)
-        return [peer for peer in peers if peer not in culprits]
+        opening = asyncio.create_task(self._open([end]))
+        try:
+            await asyncio.gather(asyncio.shield(opening), *joins.values())
+        except PeerError as error:
+            opening.add_done_callback(_close_opened)
+            culprits = await self._find_culprits(joins, error)
+            left_behind(culprits, doing="joining the group")
+            return [peer for peer in peers if peer not in culprits]
+        opened = opening.result()
+        for peer in peers:
+            peer.groups, peer.epoch = opened, self._epoch
+        return peers
+
+    async def _find_culprits(
+        self, joins: dict[Peer, asyncio.Task[None]], first: PeerError
+    ) -> dict[Peer, PeerError]:
+        """Who refused to join; else who gives no sign of life; else everyone.
+
+        ABORTED is what a replica answers that waited for the others in vain.
+        """
+        refused: dict[Peer, PeerError] = {}
+        for peer, join in joins.items():
+            error = join.exception() if join.done() and not join.cancelled() else None
+            if isinstance(error, PeerError) and error.status != "ABORTED":
+                refused[peer] = error
+            join.cancel()
+        silent = {} if refused else await self.ask_who_lives(list(joins))
+        return refused or silent or dict.fromkeys(joins, first)
 
     async def _open(self, ends: list[GroupSpec]) -> list[BroadcastGroup]:
         """The learner's ends, all at once; if one fails the others are closed."""
+        loop = asyncio.get_running_loop()
         results = await asyncio.gather(
-            *(asyncio.to_thread(open_group, end, self._store) for end in ends),
+            *(loop.run_in_executor(self._threads, open_group, end, self._store) for end in ends),
             return_exceptions=True,
         )
         opened = [result for result in results if isinstance(result, BroadcastGroup)]
@@ -236,14 +226,10 @@ class Fleet:
             key=spec.key,
             rank=spec.rank,
             world_size=spec.world_size,
-            timeout_seconds=spec.timeout_seconds,
+            # A transfer waits for its slowest member: who is not that one must outwait it.
+            timeout_seconds=2 * spec.timeout_seconds,
         )
-        await call(
-            peer.stub.JoinBroadcast,
-            request,
-            peer=peer.name,
-            timeout_seconds=2 * self._timeout_seconds,
-        )
+        await peer.ask(peer.stub.JoinBroadcast, request, timeout_seconds=2 * self._timeout_seconds)
 
     def _spec(self, key: str, *, rank: int, world_size: int) -> GroupSpec:
         return GroupSpec(
@@ -258,30 +244,13 @@ class Fleet:
         )
 
 
-async def each(calls: Mapping[Peer, Awaitable[object]], *, doing: str) -> list[Peer]:
-    """Do it with every peer at once; who fails is named, counted and left out of the answer."""
-    results = await asyncio.gather(*calls.values(), return_exceptions=True)
-    succeeded = []
-    for peer, result in zip(calls, results, strict=True):
-        if isinstance(result, PeerError):
-            left_behind([peer], doing=doing, error=result)
-        elif isinstance(result, BaseException):
-            raise result
-        else:
-            succeeded.append(peer)
-    return succeeded
-
-
-def left_behind(peers: Iterable[Peer], *, doing: str, error: PeerError) -> None:
-    """These serve nothing the learner vouches for, until a later publication reaches them."""
-    results = {"DEADLINE_EXCEEDED": "timeout", CANARY: "canary"}
-    for peer in peers:
-        WEIGHT_SYNC_OPERATIONS.labels(result=results.get(error.status, "error")).inc()
-        logger.warning("left %s behind while %s: %s", peer.name, doing, error)
-        peer.policy_version = None
-        peer.leave_groups()
-
-
 def _learner_end(spec: GroupSpec, *, worker: int) -> GroupSpec:
     """Rank 0's spec of the group that `spec` gives to a replica's worker."""
     return replace(spec, rank=0).for_worker(worker)
+
+
+def _close_opened(opening: asyncio.Future[list[BroadcastGroup]]) -> None:
+    """Of ends that nobody waits for any more."""
+    if not opening.cancelled() and opening.exception() is None:
+        for group in opening.result():
+            group.close()

@@ -22,7 +22,7 @@ from services.learner.ledger import Ledger
 from shared.codec import decode_scored_group
 from shared.dead_letters import bury
 from shared.errors import StreamError
-from shared.metrics import LEARNER_DEGENERATE, LEARNER_DROPPED
+from shared.metrics import LEARNER_ABANDONED, LEARNER_DEGENERATE, LEARNER_DROPPED
 from shared.records import Outcome, Purpose, ScoredGroup
 from shared.rl.staleness import staleness
 from shared.stream import Entry, Stream
@@ -43,6 +43,7 @@ class Inbox:
     Attributes:
         dropped: groups of this process that were not trained on, by reason.
         num_replaced: groups that were skipped for the batch taken last.
+        heard_at: when a group last came, or a wait for some began; monotonic seconds.
     """
 
     def __init__(
@@ -61,6 +62,8 @@ class Inbox:
     ) -> None:
         self.dropped: dict[str, int] = {}
         self.num_replaced = 0
+        self.heard_at = time.monotonic()
+        self._batch: dict[int, ScoredGroup] = {}
         self._scored = scored
         self._dead_letter = dead_letter
         self._ledger = ledger
@@ -80,6 +83,16 @@ class Inbox:
     def num_unacknowledged(self) -> int:
         """Entries that the next checkpoint takes off the stream."""
         return len(self._unacknowledged)
+
+    @property
+    def done_with(self) -> Collection[str]:
+        """Ids of entries that are on the stream only until the next checkpoint."""
+        return self._unacknowledged
+
+    @property
+    def in_hand(self) -> Collection[int]:
+        """Positions whose groups were taken for the batch that is being filled."""
+        return self._batch.keys()
 
     async def recover(self) -> None:
         """After a crash: what was claimed and not acknowledged comes first, in its old order."""
@@ -101,8 +114,9 @@ class Inbox:
         it raises, the groups taken so far stay pending.
         """
         max_replaced = self._max_degenerate_batches * count if self._replace_degenerate else 0
-        batch: dict[int, ScoredGroup] = {}
+        batch = self._batch = {}
         ids: list[str] = []
+        self.heard_at = time.monotonic()
         while len(batch) < count:
             entries = await self._next(count - len(batch))
             for entry in entries:
@@ -148,6 +162,8 @@ class Inbox:
                 CONSUMER, idle_seconds=LOST_SECONDS, alive={CONSUMER}, count=count, held=self._held
             )
         self._held.update(entry.id for entry in entries)
+        if entries:
+            self.heard_at = time.monotonic()
         return entries
 
     async def _sort(self, entry: Entry) -> ScoredGroup | None:
@@ -186,11 +202,19 @@ class Inbox:
         return False
 
     async def _retry(self, group: ScoredGroup, reason: str, policy_version: int) -> None:
-        """Issue the prompt again, or give it up after too many attempts."""
+        """Issue the prompt again, or give it up after too many attempts.
+
+        Not if a later attempt is out: then this one was answered before, as happens when it is
+        read again after a crash, or was overtaken.
+        """
         self._drop(group, reason)
-        position = self._ledger.position(group.rollout.prompt.uid)
-        if reason != "stale" and self._ledger.attempt(position) + 1 >= self._max_attempts:
-            logger.error("gave up %s: no verdict in any attempt", group.rollout.prompt.uid)
+        uid = group.rollout.prompt.uid
+        position = self._ledger.position(uid)
+        if uid.attempt < self._ledger.attempt(position):
+            return
+        if reason != "stale" and self._ledger.fail(position) >= self._max_attempts:
+            logger.error("gave up %s: no verdict in any attempt", uid)
+            LEARNER_ABANDONED.labels(reason=reason).inc()
             self._ledger.abandon(position)
             await self._feeder.fill(policy_version=policy_version)
         else:

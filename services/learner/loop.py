@@ -32,11 +32,14 @@ from services.learner.checkpoint import (
 )
 from services.learner.evaluation import Evaluator, LawFit
 from services.learner.feeder import Feeder
-from services.learner.inbox import Inbox
+from services.learner.inbox import Inbox, group_staleness
 from services.learner.journal import Journal
 from services.learner.ledger import Ledger
 from services.learner.measures import StepReport
-from services.learner.publisher import OnEngine, Publisher
+from services.learner.outage import StopRequestedError
+from services.learner.progress import Progress
+from services.learner.publisher import OnEngine, Publication, Publisher
+from services.learner.reconcile import Reconciler
 from services.learner.telemetry import (
     count_step,
     numbers,
@@ -67,36 +70,6 @@ class TrainingEngine(Protocol):
     def export(self, folder: Path) -> None: ...
 
 
-class StopRequestedError(Exception):
-    """Ends a wait; the run stops with a checkpoint."""
-
-
-@dataclass(slots=True)
-class Progress:
-    """What the outside may see and ask for; the gRPC service reads and sets it."""
-
-    step: int = 0
-    policy_version: int = 0
-    activity: str = "starts"
-    since: float = field(default_factory=time.monotonic)
-    metrics: dict[str, float] = field(default_factory=dict)
-    queues: dict[str, int] = field(default_factory=dict)
-    is_finished: bool = False
-    is_paused: bool = False
-    is_stopping: bool = False
-    checkpoint_requests: list[asyncio.Future[Path]] = field(default_factory=list)
-
-    def enter(self, activity: str) -> None:
-        """Name what the learner does from now on."""
-        if activity != self.activity:
-            self.activity, self.since = activity, time.monotonic()
-
-    @property
-    def sentence(self) -> str:
-        """What the learner does, and for how long."""
-        return f"{self.activity}, {time.monotonic() - self.since:.0f} s"
-
-
 @dataclass(slots=True, kw_only=True)
 class Learner:
     """The parts of a run, wired by `services.learner.__main__`, and the loop over them."""
@@ -107,6 +80,7 @@ class Learner:
     ledger: Ledger
     feeder: Feeder
     inbox: Inbox
+    reconciler: Reconciler
     evaluator: Evaluator
     law: LawFit
     publisher: Publisher
@@ -122,9 +96,14 @@ class Learner:
         """From the start, or the newest checkpoint, to the last step; or until asked to stop."""
         try:
             await self._begin(resume=resume)
+        except StopRequestedError:
+            logger.info("stops before its first step as asked")
+            return
+        try:
             while self.progress.step < self.config.run.num_steps:
                 await self._step()
-            await self.inbox.take_evaluations(while_waiting=self._wait_for_evaluations)
+            with self.progress.awaiting("the last evaluations", self.evaluator.num_missing):
+                await self.inbox.take_evaluations(while_waiting=self._wait_for_evaluations)
         except StopRequestedError:
             logger.info("stops at step %d as asked", self.progress.step)
             await self._checkpoint()
@@ -152,8 +131,7 @@ class Learner:
         await self._publish()
         if resume:
             await self.inbox.recover()
-            await self.feeder.recover(self.streams, policy_version=step)
-            await self.evaluator.reissue_missing()
+            await self.reconciler.recover(policy_version=step)
         if checkpoint is None and self.evaluator.is_due(0):
             await self.evaluator.issue(0, policy_version=0)
 
@@ -162,33 +140,41 @@ class Learner:
         step = self.progress.step + 1
         self.phases.clear()
         await self._obey()
-        await self.feeder.fill(policy_version=before)
-        with self._phase("wait_data", f"waits for the batch of step {step}"):
-            batch = await self.inbox.take_batch(
-                self.config.learner.groups_per_batch,
-                policy_version=before,
-                while_waiting=self._wait_for_groups,
-            )
+        num_groups = self.config.learner.groups_per_batch
+        with self.progress.awaiting(f"batch {step}", num_groups) as awaited:
+            await self.feeder.fill(policy_version=before)
+            with self._phase("wait_data", awaited.activity):
+                batch = await self.inbox.take_batch(
+                    num_groups, policy_version=before, while_waiting=self._wait_for_groups
+                )
         with self._phase("forward_backward", f"trains step {step}"):
             report: StepReport = await self.on_engine(
                 lambda: self.engine.train(batch, step=step, policy_version=before)
             )
-        self._finish_groups(step, batch)
-        self.progress.step = self.progress.policy_version = step
-        pause_seconds = await self._publish()
+        self._finish_groups(step, batch, policy_version=before)
+        self.progress.step_ended(step)
+        publication = await self._publish()
         self._learn_entropy(before, report)
-        self._record(batch, report, seconds=time.monotonic() - started, pause=pause_seconds)
+        self._record(batch, report, seconds=time.monotonic() - started, publication=publication)
         if self.evaluator.is_due(step):
             await self.evaluator.issue(step, policy_version=step)
         if step % self.config.checkpoint.every_steps == 0:
             await self._try_checkpoint()
 
-    def _finish_groups(self, step: int, batch: list[ScoredGroup]) -> None:
-        uids = [group.rollout.prompt.uid for group in batch]
-        for uid in uids:
-            self.ledger.finish(self.ledger.position(uid))
+    def _finish_groups(self, step: int, batch: list[ScoredGroup], *, policy_version: int) -> None:
+        prompts = [group.rollout.prompt for group in batch]
+        for prompt in prompts:
+            self.ledger.finish(self.ledger.position(prompt.uid))
+        uids = [prompt.uid for prompt in prompts]
         self.history.write(
-            {"step": step, "trained": [[uid.epoch, uid.index, uid.attempt] for uid in uids]}
+            {
+                "step": step,
+                "trained": [[uid.epoch, uid.index, uid.attempt] for uid in uids],
+                "problems": [prompt.problem_index for prompt in prompts],
+                "staleness": [group_staleness(group, policy_version) for group in batch],
+                "max_staleness": self.config.learner.max_staleness,
+                **self.ledger.account(),
+            }
         )
 
     def _learn_entropy(self, policy_version: int, report: StepReport) -> None:
@@ -197,7 +183,12 @@ class Learner:
             self.law.add_entropy(policy_version, entropy)
 
     def _record(
-        self, batch: list[ScoredGroup], report: StepReport, *, seconds: float, pause: float
+        self,
+        batch: list[ScoredGroup],
+        report: StepReport,
+        *,
+        seconds: float,
+        publication: Publication | None,
     ) -> None:
         count_step(
             batch,
@@ -213,8 +204,9 @@ class Learner:
             max_staleness=self.config.learner.max_staleness,
             phases=self.phases,
             seconds=seconds,
-            pause_seconds=pause,
+            pause_seconds=publication.pause_seconds if publication else 0.0,
         )
+        row |= publication.phases if publication else {}
         row["groups_replaced"] = self.inbox.num_replaced
         dropped = {f"dropped_{reason}": n for reason, n in sorted(self.inbox.dropped.items())}
         waiting = {f"queue_{name}": depth for name, depth in self.progress.queues.items()}
@@ -225,11 +217,14 @@ class Learner:
         self.progress.metrics = without_nan({**self.progress.metrics, **numbers(row)})
         self.gauges.show(self.progress.metrics)
 
-    async def _publish(self) -> float:
-        """Returns the longest pause of a replica, in seconds."""
+    async def _publish(self) -> Publication | None:
+        """None if the run is to stop while Redis is away; resumed, it publishes before all else."""
         version = self.progress.policy_version
-        with self._phase("weight_publish", f"publishes version {version}"):
-            publication = await self.publisher.publish(version)
+        try:
+            with self._phase("weight_publish", f"publishes version {version}"):
+                publication = await self.publisher.publish(version)
+        except StopRequestedError:
+            return None
         if publication.served:
             logger.info(
                 "published version %d to %s in %.2f s, paused for %.3f s",
@@ -238,7 +233,7 @@ class Learner:
                 publication.seconds,
                 publication.pause_seconds,
             )
-        return publication.pause_seconds
+        return publication
 
     async def _wait_for_groups(self, num_missing: int) -> None:
         """Called about twice a second while no group comes."""
@@ -246,15 +241,11 @@ class Learner:
         await self._bring_late_replicas_up()
         await self._observe()
         await self._make_room()
-        replicas = self.publisher.replicas
-        self.progress.enter(
-            f"waits for {num_missing} of {self.config.learner.groups_per_batch} groups of step"
-            f" {self.progress.step + 1}"
-            + ("" if replicas else "; no rollout replica holds a lease")
-        )
+        await self.reconciler.look_if_due(policy_version=self.progress.policy_version)
+        self.progress.still_awaits(num_missing)
 
     async def _bring_late_replicas_up(self) -> None:
-        if not await self.publisher.is_reached(self.progress.policy_version):
+        if await self.publisher.is_worth_repeating(self.progress.policy_version):
             await self._publish()
 
     async def _make_room(self) -> None:
@@ -270,8 +261,7 @@ class Learner:
             await self._try_checkpoint()
 
     async def _wait_for_evaluations(self, _: int) -> None:
-        await self._wait_for_groups(0)
-        self.progress.enter(f"waits for {self.evaluator.num_under_way} evaluations")
+        await self._wait_for_groups(self.evaluator.num_missing)
 
     async def _observe(self) -> None:
         try:
@@ -291,7 +281,7 @@ class Learner:
             await self._try_checkpoint()
         await self._observe()
         while self.progress.is_paused:
-            self.progress.enter("is paused on request")
+            self.progress.rest()
             await asyncio.sleep(POLL_SECONDS)
             await self._bring_late_replicas_up()
             if self.progress.is_stopping:
@@ -319,11 +309,18 @@ class Learner:
                 for future in _unanswered(asked):
                     future.set_exception(error)
                 raise
-            await self.inbox.acknowledge()
+            await self._acknowledge()
         LEARNER_CHECKPOINTS.labels(result="ok").inc()
         for future in _unanswered(asked):
             future.set_result(folder)
         prune_checkpoints(self._checkpoints, keep=self.config.checkpoint.keep)
+
+    async def _acknowledge(self) -> None:
+        try:
+            await self.inbox.acknowledge()
+        except StopRequestedError:
+            # A resumed run reads these entries again, and its ledger drops them.
+            logger.warning("stops without Redis: what was trained is not acknowledged")
 
     def _write_checkpoint(self) -> Path:
         return write_checkpoint(

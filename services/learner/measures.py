@@ -39,7 +39,8 @@ class StepReport:
 
     Attributes:
         metrics: one finite number a name.
-        histograms: value and count, by rising value; `staleness` counts completions.
+        histograms: value and count, by rising value; `staleness` counts completions by their
+            stalest token, `version_lag` counts tokens by their own.
         profiles: numbers in a fixed order a name.
     """
 
@@ -92,9 +93,14 @@ def step_report(
     staleness = Counter(row.staleness for row in batch.rows)
     return StepReport(
         metrics=finite,
-        histograms={"staleness": sorted(staleness.items())},
+        histograms={"staleness": sorted(staleness.items()), "version_lag": _version_lag(batch)},
         profiles=profiles,
     )
+
+
+def _version_lag(batch: Batch) -> list[tuple[int, int]]:
+    counts = torch.bincount(batch.staleness[batch.mask]).tolist()
+    return [(lag, count) for lag, count in enumerate(counts) if count]
 
 
 def reward_metrics(groups: Sequence[ScoredGroup]) -> Metrics:

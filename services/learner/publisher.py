@@ -1,50 +1,59 @@
 """Brings a policy version to every rollout replica, and never believes that it arrived.
 
-A publication, for the replicas that do not serve the version yet:
+A publication goes in rounds. Each is for the replicas that do not serve the version yet:
 
-    1. connect  replicas that are new join a broadcast group
+    1. connect  replicas that are in no broadcast group join one
     2. begin    each posts its receives; decoding goes on
     3. send     packed buckets, each packed once
     4. commit   each checks the checksum, swaps the weights in, scores the canary
     5. serve    those whose canary matches the learner's log-probs are told to serve
 
-Whoever fails or is silent past a deadline is named, counted and left behind: it is STALE, and the
-next publication tries it again. The version is announced once every other one serves it.
+Whoever fails or is silent past a deadline is named, counted and left out of the groups; the next
+round tries it again in a new one, unless it failed twice, is gone, or `republish_seconds` have
+passed. Where one group reaches all, a member that breaks it breaks it for everyone: those who can
+say that they live are not blamed for it. The version is announced once any replica serves it; who
+still does not is STALE, and `services.learner.catch_up` or the next publication looks after it.
+
+Every wait has a deadline: `timeout_seconds` a call or a bucket, and the end of a replica's lease.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from array import array
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from protos import rollout_pb2 as pb
-from services.learner.fleet import CANARY, Fleet, Peer, each, left_behind
-from shared.broadcast import SendReport, send_weights
-from shared.buckets import Manifest
-from shared.codec import pack_token_ids, unpack_logprobs
+from services.learner.fleet import Fleet
+from services.learner.peer import CANARY, Peer, ask_each, left_behind, taking
+from services.learner.refit import Refitter, Version
+from shared.broadcast import BroadcastGroup, SendReport, send_weights
+from shared.buckets import Manifest, StagedWeights
 from shared.errors import PeerError
 from shared.lease import Registry
 from shared.metrics import (
     LEARNER_VERSION,
     WEIGHT_SYNC_BYTES,
     WEIGHT_SYNC_LAST_SUCCESS,
-    WEIGHT_SYNC_OPERATIONS,
-    WEIGHT_SYNC_PAUSE,
+    WEIGHT_SYNC_RETRIES,
     WEIGHT_SYNC_SECONDS,
 )
-from shared.rpc import call
 
 logger = logging.getLogger(__name__)
+
+MAX_FAILURES = 2
+"""Of one replica in one publication; more rounds for it would hold up the training."""
+
+CROWD = 8
+"""Newcomers for which a broadcast is made while the learner waits anyway."""
 
 OnEngine = Callable[[Callable[[], Any]], Awaitable[Any]]
 """Runs a function on the engine's thread, the only one that may touch the model."""
 
 
-class WeightSource(Protocol):
+class LearnerWeights(Protocol):
     """What the publisher needs of the learner's engine."""
 
     def manifest(self) -> Manifest: ...
@@ -56,38 +65,97 @@ class WeightSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """What one publication did and cost; `pause_seconds` is the longest of any replica."""
+    """What one publication did and cost.
+
+    Attributes:
+        retries: rounds after the first.
+        gather_seconds: until the engine had produced all parameters, over all rounds.
+        broadcast_seconds: of sending them, gathering not included.
+        load_seconds: from the last byte sent to the last replica that serves.
+        pause_seconds: the longest of any replica.
+    """
 
     policy_version: int
     served: tuple[str, ...]
     failed: tuple[str, ...]
+    retries: int
     seconds: float
+    gather_seconds: float
+    broadcast_seconds: float
+    load_seconds: float
     pause_seconds: float
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """Of `metrics.jsonl`: what the time went to."""
+        return {
+            "publish_gather_seconds": self.gather_seconds,
+            "publish_broadcast_seconds": self.broadcast_seconds,
+            "publish_load_seconds": self.load_seconds,
+            "publish_retries": self.retries,
+        }
+
+
+@dataclass(slots=True)
+class _Progress:
+    """A publication under way; `pauses` has those that serve the version."""
+
+    policy_version: int
+    remaining: list[Peer]
+    version: Version | None = None
+    failures: Counter[Peer] = field(default_factory=Counter)
+    pauses: dict[Peer, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"gather": 0.0, "broadcast": 0.0, "load": 0.0}
+    )
+
+    def count(self, failed: dict[Peer, PeerError], *, doing: str) -> None:
+        """These failed, and are to blame."""
+        left_behind(failed, doing=doing)
+        for peer, error in failed.items():
+            # The same bytes loaded once more give the same canary.
+            self.failures[peer] += MAX_FAILURES if error.status == CANARY else 1
+
+    def drop_the_hopeless(self) -> None:
+        """Keep those for whom another round may do something."""
+        self.remaining = [
+            peer
+            for peer in self.remaining
+            if peer not in self.pauses
+            and self.failures[peer] < MAX_FAILURES
+            and not peer.gone.is_set()
+        ]
 
 
 class Publisher:
-    """The learner's only way to the replicas."""
+    """The learner's only way to the replicas as a group.
+
+    Attributes:
+        fleet, refitter: what it works with, and `services.learner.catch_up` too.
+        version: the last that was published; None before the first, and while another is sent.
+        keeps_copy: stage what is sent, for replicas that come late: one model in host memory, and a
+            second while a stream still reads the one before.
+    """
 
     def __init__(
         self,
         *,
         fleet: Fleet,
+        refitter: Refitter,
         registry: Registry,
-        engine: WeightSource,
+        engine: LearnerWeights,
         on_engine: OnEngine,
-        bucket_bytes: int,
-        timeout_seconds: float,
-        canary_token_ids: array[int],
-        canary_tolerance: float,
+        republish_seconds: float,
+        keeps_copy: bool,
     ) -> None:
-        self._fleet = fleet
+        self.version: Version | None = None
+        self.keeps_copy = keeps_copy
+        self.fleet = fleet
+        self.refitter = refitter
         self._registry = registry
         self._engine = engine
         self._on_engine = on_engine
-        self._bucket_bytes = bucket_bytes
-        self._timeout_seconds = timeout_seconds
-        self._canary_token_ids = canary_token_ids
-        self._canary_tolerance = canary_tolerance
+        self._republish_seconds = republish_seconds
         self._manifest: Manifest = ()
 
     @property
@@ -95,127 +163,192 @@ class Publisher:
         """What the learner believes of each replica, for people."""
         return {
             peer.name: "stale" if peer.policy_version is None else f"serves {peer.policy_version}"
-            for peer in self._fleet.peers
+            for peer in self.fleet.peers
         }
+
+    @property
+    def versions(self) -> dict[str, int | None]:
+        """What each replica serves, as far as it was confirmed; None for nothing."""
+        return {peer.name: peer.policy_version for peer in self.fleet.peers}
+
+    @property
+    def unanswered(self) -> dict[str, float]:
+        """Seconds since a replica was asked what it has not answered, of each that was."""
+        asked = {peer.name: peer.asked_at for peer in self.fleet.peers}
+        now = time.monotonic()
+        return {name: now - since for name, since in asked.items() if since is not None}
 
     async def publish(self, policy_version: int) -> Publication:
         """Bring every replica to `policy_version`; those that cannot be are left behind."""
         started = time.monotonic()
-        await self._fleet.meet()
-        targets = [peer for peer in self._fleet.peers if peer.policy_version != policy_version]
-        begun = await self._begin(await self._fleet.connect(targets), policy_version)
-        pauses: dict[Peer, float] = {}
-        if begun:
-            sent, report, canary = await self._send(begun)
-            pauses = await self._commit(sent, policy_version, report.checksum, canary)
-        if any(peer.policy_version == policy_version for peer in self._fleet.peers):
-            await self._announce(policy_version)
-        return Publication(
-            policy_version,
-            served=tuple(peer.name for peer in targets if peer in pauses),
-            failed=tuple(peer.name for peer in targets if peer not in pauses),
-            seconds=time.monotonic() - started,
-            pause_seconds=max(pauses.values(), default=0.0),
-        )
-
-    async def is_reached(self, policy_version: int) -> bool:
-        """True if every replica that holds a lease serves this version."""
-        await self._fleet.meet()
-        return all(peer.policy_version == policy_version for peer in self._fleet.peers)
-
-    async def close(self) -> None:
-        """Leave every group."""
-        await self._fleet.close()
-
-    async def _begin(self, peers: list[Peer], policy_version: int) -> list[Peer]:
+        await self.fleet.meet()
         if not self._manifest:
             self._manifest = await self._on_engine(self._engine.manifest)
-        specs = [
-            pb.ParameterSpec(name=spec.name, dtype=spec.dtype, shape=spec.shape)
-            for spec in self._manifest
-        ]
-
-        async def begin(peer: Peer) -> None:
-            request = pb.BeginUpdateRequest(
-                epoch=peer.epoch,
-                policy_version=policy_version,
-                manifest=specs,
-                bucket_bytes=self._bucket_bytes,
-            )
-            await self._call(peer, peer.stub.BeginUpdate, request)
-
-        return await each({peer: begin(peer) for peer in peers}, doing="beginning an update")
-
-    async def _send(self, peers: list[Peer]) -> tuple[list[Peer], SendReport, list[float]]:
-        """Broadcast on the engine's thread; the canary is scored there too."""
-        groups = list(dict.fromkeys(group for peer in peers for group in peer.groups))
-
-        def send() -> tuple[SendReport, list[float]]:
-            report = send_weights(
-                groups, self._engine.weights(), self._manifest, bucket_bytes=self._bucket_bytes,
-                device=groups[0].device,
-            )  # fmt: skip
-            return report, self._engine.score_tokens(self._canary_token_ids)
-
-        report, canary = await self._on_engine(send)
-        WEIGHT_SYNC_SECONDS.labels(phase="broadcast").observe(report.seconds)
-        WEIGHT_SYNC_BYTES.inc(report.num_bytes * len(groups))
-        for group, error in report.failed.items():
-            left_behind(
-                [peer for peer in peers if group in peer.groups], doing="receiving", error=error
-            )
-        return [peer for peer in peers if peer.groups], report, canary
-
-    async def _commit(
-        self, peers: list[Peer], policy_version: int, checksum: int, canary: list[float]
-    ) -> dict[Peer, float]:
-        """Returns the pause of each replica that serves the version now."""
-        pauses: dict[Peer, float] = {}
-
-        async def commit(peer: Peer) -> None:
-            request = pb.CommitUpdateRequest(
-                policy_version=policy_version,
-                checksum=checksum,
-                canary_token_ids=pack_token_ids(self._canary_token_ids),
-                timeout_seconds=self._timeout_seconds,
-            )
-            answer = await self._call(peer, peer.stub.CommitUpdate, request)
-            await self._judge(peer, policy_version, unpack_logprobs(answer.canary_logprobs), canary)
-            await self._call(peer, peer.stub.Serve, pb.ServeRequest(policy_version=policy_version))
-            peer.policy_version = policy_version
-            pauses[peer] = answer.pause_seconds
-            WEIGHT_SYNC_OPERATIONS.labels(result="ok").inc()
-            WEIGHT_SYNC_PAUSE.inc(answer.pause_seconds)
-            WEIGHT_SYNC_SECONDS.labels(phase="load").observe(answer.load_seconds)
-
-        await each({peer: commit(peer) for peer in peers}, doing="committing an update")
-        return pauses
-
-    async def _judge(
-        self, peer: Peer, policy_version: int, theirs: array[float], ours: list[float]
-    ) -> None:
-        """Compare canaries; on a mismatch the replica must not serve.
-
-        Raises:
-            PeerError: they differ by more than the tolerance.
-        """
-        differences = [abs(a - b) for a, b in zip(theirs, ours, strict=True)]
-        if all(difference <= self._canary_tolerance for difference in differences):
-            return
-        request = pb.AbortUpdateRequest(policy_version=policy_version)
-        await self._call(peer, peer.stub.AbortUpdate, request)
-        raise PeerError(
-            f"{peer.name}: canary log-probs differ by {max(differences):.3g} nats, more than"
-            f" weights.canary_tolerance = {self._canary_tolerance}",
-            status=CANARY,
+        with taking(self._behind(policy_version)) as targets:
+            under_way = _Progress(policy_version, list(targets))
+            num_rounds = await self._publish_in_rounds(under_way, started)
+            unreached = [peer for peer in targets if peer not in under_way.pauses]
+            for peer in unreached:
+                peer.policy_version = None
+        if any(peer.policy_version == policy_version for peer in self.fleet.peers):
+            await self.announce(policy_version)
+        return Publication(
+            policy_version,
+            served=tuple(peer.name for peer in targets if peer in under_way.pauses),
+            failed=tuple(peer.name for peer in unreached),
+            retries=num_rounds - 1,
+            seconds=time.monotonic() - started,
+            gather_seconds=under_way.seconds["gather"],
+            broadcast_seconds=under_way.seconds["broadcast"],
+            load_seconds=under_way.seconds["load"],
+            pause_seconds=max(under_way.pauses.values(), default=0.0),
         )
 
-    async def _announce(self, policy_version: int) -> None:
+    async def is_worth_repeating(self, policy_version: int) -> bool:
+        """True if replicas do not serve this version that a group reaches best.
+
+        Where a copy is kept that is a crowd of newcomers, as at the start; a few are caught up
+        with by streams.
+        """
+        await self.fleet.meet()
+        behind = self._behind(policy_version)
+        if not self.keeps_copy:
+            return bool(behind)
+        return sum(not peer.is_taken and not peer.num_failures for peer in behind) >= CROWD
+
+    def _behind(self, policy_version: int) -> list[Peer]:
+        """Who does not serve the version; without those that a stream will be tried with later."""
+        behind = [peer for peer in self.fleet.peers if peer.policy_version != policy_version]
+        return [peer for peer in behind if not (self.keeps_copy and peer.is_resting)]
+
+    async def announce(self, policy_version: int) -> None:
+        """Some replica serves this version now."""
         await self._registry.announce_version(policy_version)
         LEARNER_VERSION.set(policy_version)
         WEIGHT_SYNC_LAST_SUCCESS.set_to_current_time()
 
-    async def _call(self, peer: Peer, method: Any, request: Any) -> Any:
-        return await call(
-            method, request, peer=peer.name, timeout_seconds=2 * self._timeout_seconds
+    async def close(self) -> None:
+        """Leave every group."""
+        await self.fleet.close()
+
+    async def _publish_in_rounds(self, under_way: _Progress, started: float) -> int:
+        """Returns the number of rounds."""
+        num_rounds = 0
+        while num_rounds == 0 or under_way.remaining:
+            num_rounds += 1
+            if num_rounds > 1:
+                WEIGHT_SYNC_RETRIES.inc()
+                names = ", ".join(peer.name for peer in under_way.remaining)
+                logger.info("version %d again, for %s", under_way.policy_version, names)
+            await self._round(under_way)
+            under_way.drop_the_hopeless()
+            if time.monotonic() - started > self._republish_seconds:
+                break
+        if under_way.version is None and self.keeps_copy:
+            await self._send([], under_way)  # to nobody yet
+        return num_rounds
+
+    async def _round(self, under_way: _Progress) -> None:
+        peers = await self.fleet.connect(under_way.remaining)
+        under_way.failures.update(set(under_way.remaining) - set(peers))
+        failed = await ask_each(
+            {
+                peer: self.refitter.begin(peer, under_way.policy_version, self._manifest)
+                for peer in peers
+            }
         )
+        under_way.count(failed, doing="beginning an update")
+        if failed and self.fleet.has_one_group:
+            return  # it waits for all its members, and some are not there
+        peers = [peer for peer in peers if peer not in failed]
+        if peers:
+            await self._commit(await self._send(peers, under_way), under_way)
+
+    async def _send(self, peers: list[Peer], under_way: _Progress) -> list[Peer]:
+        """Broadcast on the engine's thread; the canary is scored there too."""
+        groups = list(dict.fromkeys(group for peer in peers for group in peer.groups))
+        is_first = under_way.version is None
+        staged = self._make_room() if is_first and self.keeps_copy else None
+        gathering = _Timed(self._engine.weights)
+
+        def send() -> tuple[SendReport, list[float]]:
+            report = send_weights(
+                groups, gathering, self._manifest, bucket_bytes=self.refitter.bucket_bytes,
+                device=groups[0].device if groups else "cpu", staged=staged,
+            )  # fmt: skip
+            canary = self._engine.score_tokens(self.refitter.canary_token_ids) if is_first else []
+            return report, canary
+
+        report, canary = await self._on_engine(send)
+        if is_first:
+            self.version = under_way.version = Version(
+                under_way.policy_version, self._manifest, report.checksum, canary, staged
+            )
+        spent = {"gather": gathering.seconds, "broadcast": report.seconds - gathering.seconds}
+        for phase, seconds in spent.items():
+            WEIGHT_SYNC_SECONDS.labels(phase=phase).observe(seconds)
+            under_way.seconds[phase] += seconds
+        WEIGHT_SYNC_BYTES.inc(report.num_bytes * len(groups))
+        await self._blame_senders(peers, report.failed, under_way)
+        return [peer for peer in peers if peer.groups]
+
+    def _make_room(self) -> StagedWeights:
+        """Memory for a copy: the last one's, unless somebody still reads it."""
+        last, self.version = self.version, None
+        if last is None or last.staged is None or last.num_readers:
+            return StagedWeights(self._manifest, bucket_bytes=self.refitter.bucket_bytes)
+        return last.staged
+
+    async def _blame_senders(
+        self,
+        peers: list[Peer],
+        broken: dict[BroadcastGroup, Any],
+        under_way: _Progress,
+    ) -> None:
+        failed: dict[Peer, PeerError] = {
+            peer: broken[group] for peer in peers for group in peer.groups if group in broken
+        }
+        if failed and self.fleet.has_one_group:
+            silent = await self.fleet.ask_who_lives(list(failed))
+            for peer in failed:
+                peer.leave_groups()
+            failed = silent or failed
+        under_way.count(failed, doing="receiving")
+
+    async def _commit(self, peers: list[Peer], under_way: _Progress) -> None:
+        version = under_way.version
+        assert version is not None
+        started = time.monotonic()
+
+        async def commit(peer: Peer) -> None:
+            under_way.pauses[peer] = await self.refitter.commit(
+                peer, version, wait_seconds=self.refitter.timeout_seconds
+            )
+
+        failed = await ask_each({peer: commit(peer) for peer in peers})
+        under_way.seconds["load"] += time.monotonic() - started
+        if self.fleet.has_one_group:
+            # Who did not get everything is not to blame where another member went silent.
+            to_blame = {peer: error for peer, error in failed.items() if error.status != "ABORTED"}
+            for peer in failed:
+                peer.leave_groups()
+            failed = to_blame or failed
+        under_way.count(failed, doing="committing an update")
+
+
+class _Timed:
+    """Iterates over what `start` gives, and takes the time that producing it takes."""
+
+    def __init__(self, start: Callable[[], Iterator[tuple[str, Any]]]) -> None:
+        self.seconds = 0.0
+        self._start = start
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        items = self._start()
+        while True:
+            started = time.monotonic()
+            item = next(items, None)
+            self.seconds += time.monotonic() - started
+            if item is None:
+                return
+            yield item

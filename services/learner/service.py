@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 
 from protos import learner_pb2 as pb
 from protos import learner_pb2_grpc as pb_grpc
-from services.learner.loop import Progress
+from services.learner.catch_up import CatchUp
+from services.learner.progress import Progress
 from services.learner.publisher import Publisher
 from shared.errors import CheckpointError
 
@@ -22,12 +24,19 @@ class LearnerServicer(pb_grpc.LearnerServicer):
     """`isentrope.v1.Learner` over the loop's progress."""
 
     def __init__(
-        self, *, run_id: str, num_steps: int, progress: Progress, publisher: Publisher
+        self,
+        *,
+        run_id: str,
+        num_steps: int,
+        progress: Progress,
+        publisher: Publisher,
+        catch_up: CatchUp,
     ) -> None:
         self._run_id = run_id
         self._num_steps = num_steps
         self._progress = progress
         self._publisher = publisher
+        self._catch_up = catch_up
 
     async def GetStatus(
         self, request: pb.GetLearnerStatusRequest, context: Context
@@ -44,6 +53,8 @@ class LearnerServicer(pb_grpc.LearnerServicer):
             metrics=progress.metrics,
             queue_depths=progress.queues,
             replicas=self._publisher.replicas,
+            is_stalled=progress.is_stalled,
+            seconds_without_step=progress.seconds_without_step,
         )
 
     async def Pause(self, request: pb.PauseRequest, context: Context) -> pb.PauseResponse:
@@ -68,3 +79,12 @@ class LearnerServicer(pb_grpc.LearnerServicer):
     async def Stop(self, request: pb.StopRequest, context: Context) -> pb.StopResponse:
         self._progress.is_stopping = True
         return pb.StopResponse()
+
+    async def FetchWeights(
+        self, request: pb.FetchWeightsRequest, context: Context
+    ) -> AsyncIterator[pb.FetchWeightsResponse]:
+        try:
+            async for chunk in self._catch_up.chunks(request.ticket):
+                yield pb.FetchWeightsResponse(data=chunk)
+        except KeyError:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "the ticket is not good any more")

@@ -19,6 +19,8 @@ from shared.metrics import (
     LEARNER_STEP_SECONDS,
     LEARNER_STEPS,
     LEARNER_TOKENS,
+    LEARNER_TOKENS_BY_LAG,
+    LEARNER_UNREWARDED,
     QUEUE_BYTES,
     QUEUE_CAPACITY,
     QUEUE_CAPACITY_BYTES,
@@ -26,9 +28,18 @@ from shared.metrics import (
     QUEUE_LENGTH,
     QUEUE_OLDEST,
     QUEUE_PENDING,
+    REDIS_MEMORY,
+    REDIS_PERSISTENCE,
 )
 from shared.records import ScoredGroup
+from shared.redis_connection import translated
 from shared.redis_stream import Streams
+
+_PERSISTENCE = {
+    "append": "aof_last_write_status",
+    "rewrite": "aof_last_bgrewrite_status",
+    "snapshot": "rdb_last_bgsave_status",
+}
 
 
 def count_step(
@@ -48,6 +59,10 @@ def count_step(
     LEARNER_DEGENERATE.labels(reason="all_wrong").inc(metrics.get("groups_all_wrong", 0))
     LEARNER_NONFINITE.labels(tensor="loss").inc(metrics.get("nonfinite_loss", 0))
     LEARNER_NONFINITE.labels(tensor="grad").inc(metrics.get("nonfinite_grad", 0))
+    if metrics.get("pass_rate", 0) > 0:
+        LEARNER_UNREWARDED.set(0)
+    else:
+        LEARNER_UNREWARDED.inc()
     if "selected_tokens" in metrics:
         LEARNER_INTERVENED.labels(mechanism=loss_mode).inc(metrics["selected_tokens"])
     for side in ("low", "high"):
@@ -56,6 +71,8 @@ def count_step(
     for staleness, completions in report.histograms.get("staleness", []):
         for _ in range(completions):
             LEARNER_STALENESS.observe(staleness)
+    for lag, tokens in report.histograms.get("version_lag", []):
+        LEARNER_TOKENS_BY_LAG.labels(versions=str(lag)).inc(tokens)
     for group in batch:
         LEARNER_AGE.observe(max(0.0, time.time() - group.rollout.sampled_at))
 
@@ -85,7 +102,8 @@ def step_row(
         "pause_seconds": pause_seconds,
         "tokens_per_second": tokens / seconds if seconds > 0 else 0.0,
         "groups_over_max_staleness": sum(each > max_staleness for each in stalest),
-        "staleness_counts": {str(value): count for value, count in report.histograms["staleness"]},
+        "staleness_counts": _counts(report, "staleness"),
+        "version_lag_tokens": _counts(report, "version_lag"),
         "replica_groups": _by_replica(batch),
         **report.metrics,
         **report.profiles,
@@ -107,7 +125,11 @@ def without_nan(values: Mapping[str, float]) -> dict[str, float]:
 
 
 async def observe_queues(streams: Streams) -> dict[str, int]:
-    """Fill the queue gauges; returns the messages waiting by stream."""
+    """Fill the gauges of the queues and of their server; returns the messages waiting by stream.
+
+    Raises:
+        StreamError: the server does not answer.
+    """
     waiting = {}
     for stream in (streams.prompts, streams.rollouts, streams.scored, streams.dead_letter):
         depth = await stream.depth()
@@ -119,7 +141,22 @@ async def observe_queues(streams: Streams) -> dict[str, int]:
         QUEUE_CAPACITY.labels(stream=stream.name).set(stream.bounds.max_items)
         QUEUE_CAPACITY_BYTES.labels(stream=stream.name).set(stream.bounds.max_bytes)
         QUEUE_OLDEST.labels(stream=stream.name).set(depth.oldest_pending_seconds)
+    await _observe_server(streams)
     return waiting
+
+
+async def _observe_server(streams: Streams) -> None:
+    with translated(streams.prefix):
+        memory = await streams.client.info("memory")
+        persistence = await streams.client.info("persistence")
+    REDIS_MEMORY.labels(kind="used").set(memory["used_memory"])
+    REDIS_MEMORY.labels(kind="max").set(memory["maxmemory"])
+    for kind, field in _PERSISTENCE.items():
+        REDIS_PERSISTENCE.labels(kind=kind).set(persistence[field] == "ok")
+
+
+def _counts(report: StepReport, name: str) -> dict[str, int]:
+    return {str(value): count for value, count in report.histograms.get(name, [])}
 
 
 def _by_replica(batch: Sequence[ScoredGroup]) -> dict[str, int]:

@@ -252,10 +252,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Train the small model of [warmup] and write it in Hugging Face form.",
     )
     parser.add_argument("--config", type=Path, required=True, help="the run file (TOML)")
-    parser.add_argument("--folder", type=Path, required=True, help="written whole or not at all")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="written whole or not at all; default: the run's own, kept if it is there",
+    )
     given = parser.parse_args(arguments)
     try:
-        warm_up(load_run(given.config), given.folder, report=lambda each: print(each, flush=True))
+        config = load_run(given.config)
+        if given.folder is None and Path(config.model_path).exists():
+            print(f"{config.model_path} is there already", flush=True)
+            return 0
+        folder = given.folder or Path(config.model_path)
+        warm_up(config, folder, report=lambda each: print(each, flush=True))
     except IsentropeError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code

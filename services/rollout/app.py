@@ -5,25 +5,45 @@ from __future__ import annotations
 import asyncio
 import logging
 import zlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Protocol
 
 from protos import rollout_pb2_grpc as pb_grpc
-from services.rollout.engine import EngineSettings, VllmEngine
+from services.rollout.concurrency import Concurrency, surely_fitting
+from services.rollout.engine import VllmEngine
+from services.rollout.keeper import Keeper
 from services.rollout.replica import Event, Replica
 from services.rollout.sampler import Sampler
-from services.rollout.service import SERVICE, RolloutServicer
+from services.rollout.service import SERVICE, RolloutServicer, UpdatableEngine
+from services.rollout.vllm_launch import EngineSettings
+from shared.config import RunConfig
 from shared.device import find_device
 from shared.errors import EngineError
 from shared.lease import Registry
 from shared.metrics import describe_process, serve_metrics
 from shared.process import ServiceArguments
 from shared.redis_connection import check_server
+from shared.redis_partials import RedisPartials
 from shared.redis_stream import Streams, open_streams
 from shared.rpc import serve
 from shared.stage import adopt_orphans
-from shared.stream import Bounds
+from shared.stream import PROMPTS, Bounds
 from shared.tokenizer import Tokenizer
+from shared.watchdog import watched
 
 logger = logging.getLogger(__name__)
+
+_LAST_SAVE_SECONDS = 5.0
+
+
+class ReplicaEngine(UpdatableEngine, Protocol):
+    """What a replica needs of vLLM; `services.rollout.engine.VllmEngine` is it."""
+
+    @property
+    def kv_cache_tokens(self) -> int: ...
+
+    async def wait_until_dead(self) -> None: ...
 
 
 async def serve_replica(given: ServiceArguments, stop: asyncio.Event) -> None:
@@ -36,55 +56,77 @@ async def serve_replica(given: ServiceArguments, stop: asyncio.Event) -> None:
     tokenizer = Tokenizer(given.config.model_path)
     engine = await VllmEngine.start(_settings(given))
     try:
-        redis = given.config.redis
-        async with open_streams(
-            given.redis_url,
-            run_id=given.run_id,
-            prompts=Bounds(redis.max_prompts, redis.max_prompts_bytes),
-            groups=Bounds(redis.max_groups, redis.max_groups_bytes),
-            timeout_seconds=given.config.network.call_timeout_seconds,
-        ) as streams:
-            await _serve(given, stop, engine, streams, tokenizer.stop_token_ids)
+        await serve_engine(
+            given, stop, engine, replica=Replica(), stop_token_ids=tokenizer.stop_token_ids
+        )
     finally:
         await engine.shutdown()
 
 
-async def _serve(
+async def serve_engine(
     given: ServiceArguments,
     stop: asyncio.Event,
-    engine: VllmEngine,
-    streams: Streams,
+    engine: ReplicaEngine,
+    *,
+    replica: Replica,
     stop_token_ids: tuple[int, ...],
 ) -> None:
-    config = given.config
-    replica = Replica()
-    sampler = Sampler(
-        name=given.name,
-        engine=engine,
-        replica=replica,
-        prompts=streams.prompts,
-        rollouts=streams.rollouts,
-        dead_letter=streams.dead_letter,
-        stop_token_ids=stop_token_ids,
-        max_concurrent_groups=config.rollout.max_concurrent_groups,
-        max_attempts=config.redis.max_attempts,
+    """What a process does with the engine that it loaded: metrics, streams, one replica."""
+    config, redis = given.config, given.config.redis
+    describe_process(
+        run_id=given.run_id, model=config.model_path, algorithm=config.policy_loss.loss_mode
     )
+    metrics_port = serve_metrics(host=config.network.host, port=config.network.metrics_port)
+    async with open_streams(
+        given.redis_url,
+        run_id=given.run_id,
+        prompts=Bounds(redis.max_prompts, redis.max_prompts_bytes),
+        groups=Bounds(redis.max_groups, redis.max_groups_bytes),
+        timeout_seconds=config.network.call_timeout_seconds,
+    ) as streams:
+        await run_replica(
+            given,
+            stop,
+            engine,
+            streams,
+            replica=replica,
+            stop_token_ids=stop_token_ids,
+            metrics_address=f"{given.host}:{metrics_port}",
+        )
+
+
+async def run_replica(
+    given: ServiceArguments,
+    stop: asyncio.Event,
+    engine: ReplicaEngine,
+    streams: Streams,
+    *,
+    replica: Replica,
+    stop_token_ids: tuple[int, ...],
+    metrics_address: str,
+) -> None:
+    """A replica's life, from a loaded engine to the last group in flight.
+
+    Raises:
+        EngineError: the engine ended.
+        StreamError: another process took this replica's name.
+    """
+    network, stall_seconds = given.config.network, given.config.watchdog.stall_seconds
+    sampler = _sampler(given, engine, streams, replica, stop_token_ids)
     servicer = RolloutServicer(
         name=given.name,
         engine=engine,
         replica=replica,
         sampler=sampler,
-        max_length=config.model.max_length,
+        max_length=given.config.model.max_length,
     )
-    describe_process(
-        run_id=given.run_id, model=config.model_path, algorithm=config.policy_loss.loss_mode
-    )
-    metrics_port = serve_metrics(host=config.network.host, port=config.network.metrics_port)
     registry = Registry(streams.client, prefix=streams.prefix)
+    # Before the lease: the learner calls whoever holds one.
+    await replica.handle(Event.READY)
     async with (
         serve(
-            host=config.network.host,
-            port=config.network.rollout_port,
+            host=network.host,
+            port=network.rollout_port,
             port_key="network.rollout_port",
             services=[SERVICE],
             add=lambda server: pb_grpc.add_RolloutServicer_to_server(servicer, server),
@@ -93,32 +135,77 @@ async def _serve(
             "rollout",
             given.name,
             address=f"{given.host}:{server.port}",
-            metrics_address=f"{given.host}:{metrics_port}",
-            seconds=config.network.lease_seconds,
+            metrics_address=metrics_address,
+            seconds=network.lease_seconds,
         ) as lease,
+        watched(sampler.report, server, "rollout", stall_seconds=stall_seconds),
     ):
-        await replica.handle(Event.READY)
         await server.set_serving(True)
         logger.info("replica %s listens on port %d", given.name, server.port)
-        sampling = asyncio.create_task(sampler.run(), name="sampler")
-        adopting = asyncio.create_task(
-            adopt_orphans(
-                sampler.adopt, registry, "rollout", idle_seconds=config.redis.reclaim_seconds
-            ),
-            name="adopter",
-        )
-        try:
+        async with _sampling(given, sampler, registry) as sampling:
             await _until_the_end(stop, replica, engine, sampling, lease)
-        finally:
-            adopting.cancel()
-            sampling.cancel()
     await replica.handle(Event.FINISHED)
+
+
+def _sampler(
+    given: ServiceArguments,
+    engine: ReplicaEngine,
+    streams: Streams,
+    replica: Replica,
+    stop_token_ids: tuple[int, ...],
+) -> Sampler:
+    config = given.config
+    return Sampler(
+        name=given.name,
+        engine=engine,
+        replica=replica,
+        prompts=streams.prompts,
+        rollouts=streams.rollouts,
+        dead_letter=streams.dead_letter,
+        stop_token_ids=stop_token_ids,
+        concurrency=_concurrency(config, engine),
+        keeper=Keeper(
+            RedisPartials(streams.client, prefix=streams.prefix, stream=PROMPTS),
+            consumer=given.name,
+            replica=replica,
+            every_tokens=config.rollout.partial_tokens,
+            max_staleness=config.learner.max_staleness,
+        ),
+        max_attempts=config.redis.max_attempts,
+    )
+
+
+def _concurrency(config: RunConfig, engine: ReplicaEngine) -> Concurrency:
+    """Begins with the groups that fit whatever they become; measured pressure decides on more."""
+    rollout = config.rollout
+    fitting = surely_fitting(
+        engine.kv_cache_tokens, group_size=rollout.group_size, max_tokens=config.model.max_length
+    )
+    return Concurrency(initial=fitting, maximum=rollout.max_concurrent_groups)
+
+
+@asynccontextmanager
+async def _sampling(
+    given: ServiceArguments, sampler: Sampler, registry: Registry
+) -> AsyncIterator[asyncio.Task[None]]:
+    """The sampler at work, and beside it what looks for groups of replicas that died."""
+    idle_seconds = given.config.redis.reclaim_seconds
+    sampling = asyncio.create_task(sampler.run(), name="sampler")
+    adopting = asyncio.create_task(
+        adopt_orphans(sampler.adopt, registry, "rollout", idle_seconds=idle_seconds),
+        name="adopter",
+    )
+    try:
+        yield sampling
+    finally:
+        adopting.cancel()
+        sampling.cancel()
 
 
 async def _until_the_end(
     stop: asyncio.Event,
     replica: Replica,
-    engine: VllmEngine,
+    engine: ReplicaEngine,
     sampling: asyncio.Task[None],
     lease: asyncio.Task[None],
 ) -> None:
@@ -132,12 +219,14 @@ async def _until_the_end(
     death = asyncio.create_task(engine.wait_until_dead())
     try:
         await asyncio.wait({stopping, death, sampling, lease}, return_when=asyncio.FIRST_COMPLETED)
-        if not death.done() and not lease.done():
+        if not lease.done():
             if not replica.is_ending:
                 await replica.handle(Event.DRAIN)
             await asyncio.wait({sampling, death, lease}, return_when=asyncio.FIRST_COMPLETED)
         if death.done():
-            raise EngineError("the engine's process ended; the groups in flight are sampled again")
+            # The groups in flight save what this process knows of them, and end.
+            await asyncio.wait({sampling}, timeout=_LAST_SAVE_SECONDS)
+            raise EngineError("the engine's process ended; others go on with the groups in flight")
         for task in (sampling, lease):
             if task.done():
                 task.result()

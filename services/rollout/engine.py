@@ -9,7 +9,8 @@ end in the service's process. Two facts shape it:
   that run keep their KV cache over the swap, so each version has prefix-cache entries of its own.
 
 Order of calls: `start`, then for each membership epoch `join_group`, then for each version
-`begin_update` and `commit_update`. Until the first version is in, `generate` refuses.
+`begin_update` and `commit_update`; a version with a source of its own needs no group. Until the
+first version is in, `generate` refuses.
 """
 
 from __future__ import annotations
@@ -18,19 +19,22 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-import os
 import time
 import uuid
-from array import array
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
+from services.rollout.concurrency import EngineLoad
+from services.rollout.engine_load import LoadRecorder
+from services.rollout.vllm_launch import EngineSettings, launch
+from services.rollout.vllm_requests import arrived, sampling_params, to_completion
 from shared.broadcast import GroupSpec
 from shared.buckets import Manifest
 from shared.errors import BroadcastError, EngineError
-from shared.records import Completion, VersionRun
+from shared.records import Completion
+from shared.weight_stream import WeightSource
 
 logger = logging.getLogger(__name__)
 
@@ -39,39 +43,6 @@ T = TypeVar("T")
 _DEATH_POLL_SECONDS = 0.1
 _STATUS_POLL_SECONDS = 0.01
 _SHUTDOWN_SECONDS = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class EngineSettings:
-    """How to run vLLM.
-
-    Attributes:
-        model_path: folder with config.json and, unless `load_format` is "dummy", the weights.
-        kv_cache_bytes: size of the KV cache; None lets vLLM profile (not advised on a CPU).
-        gpu_memory_utilization: fraction; bounds the KV cache where `kv_cache_bytes` is None.
-        seed: must differ between replicas, or they sample the same completions.
-        threads: OpenMP threads of the engine's process on a CPU.
-        control_timeout_seconds: an engine that does not answer a control call, such as
-            loading the received weights, within this time is killed.
-        start_timeout_seconds: bounds `start`.
-        load_format: "dummy" skips the weights on disk, which a replica that waits for its
-            first update does not need.
-    """
-
-    model_path: str
-    dtype: Literal["auto", "float32", "bfloat16"]
-    max_model_len: int
-    max_num_seqs: int
-    seed: int
-    device: Literal["cpu", "cuda"]
-    kv_cache_bytes: int | None = None
-    gpu_memory_utilization: float = 0.9
-    tensor_parallel_size: int = 1
-    threads: int = 1
-    enforce_eager: bool = True
-    control_timeout_seconds: float = 120.0
-    start_timeout_seconds: float = 600.0
-    load_format: Literal["auto", "dummy"] = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +66,16 @@ class UpdateReport:
 class VllmEngine:
     """One replica's engine. All methods belong to the event loop that ran `start`."""
 
-    def __init__(self, llm: Any, settings: EngineSettings, launcher: ThreadPoolExecutor) -> None:
+    def __init__(
+        self,
+        llm: Any,
+        settings: EngineSettings,
+        launcher: ThreadPoolExecutor,
+        recorder: LoadRecorder,
+    ) -> None:
         self._llm = llm
         self._settings = settings
+        self._recorder = recorder
         # Kept although it is idle: the kernel's "parent died" signal means the thread that forked.
         self._launcher = launcher
         self._processes = list(llm.engine_core.resources.engine_manager.processes)
@@ -125,16 +103,19 @@ class VllmEngine:
         started = time.monotonic()
         # Not the future's result: futures of a launcher outlive the engine, and would keep it.
         launched: list[Any] = []
+        recorder = LoadRecorder()
         try:
             loop = asyncio.get_running_loop()
-            await loop.run_in_executor(launcher, lambda: launched.append(_launch(settings)))
+            await loop.run_in_executor(
+                launcher, lambda: launched.append(launch(settings, recorder))
+            )
         except Exception as error:
             launcher.shutdown(wait=False)
             raise EngineError(f"vLLM could not load {settings.model_path}: {error}") from error
         logger.info(
             "started vLLM for %s in %.1f s", settings.model_path, time.monotonic() - started
         )
-        return cls(launched.pop(), settings, launcher)
+        return cls(launched.pop(), settings, launcher, recorder)
 
     @property
     def policy_version(self) -> int | None:
@@ -150,6 +131,17 @@ class VllmEngine:
     def is_alive(self) -> bool:
         """False once the engine's process has ended or been given up."""
         return not self._dead.is_set()
+
+    @property
+    def load(self) -> EngineLoad:
+        """What the engine said of itself last."""
+        return self._recorder.load
+
+    @property
+    def kv_cache_tokens(self) -> int:
+        """Tokens whose keys and values fit."""
+        cache = self._llm.vllm_config.cache_config
+        return int(cache.num_gpu_blocks * cache.block_size)
 
     async def wait_until_dead(self) -> None:
         """Return when the engine's process has ended; it never comes back."""
@@ -174,7 +166,7 @@ class VllmEngine:
             EngineError: no version was loaded yet, or the engine died or gave the request up.
             ValueError: the prompt does not fit the model.
         """
-        params = _sampling_params(
+        params = sampling_params(
             temperature=temperature,
             max_tokens=max_completion_tokens,
             stop_token_ids=list(stop_token_ids),
@@ -186,7 +178,18 @@ class VllmEngine:
             output = await self._run_request(
                 prompt_token_ids, params, request_id=request_id, cache_salt=f"version {version}"
             )
-        return _to_completion(output.outputs[0])
+        return to_completion(output.outputs[0])
+
+    def progress(self, request_id: str, *, start: int) -> Completion | None:
+        """What a request has sampled so far, without its first `start` tokens; None if nothing.
+
+        Exact in every field, as in the completion that is being made; known also after the engine
+        has died, until the request is aborted. Read where vLLM's front end gathers the tokens:
+        asking for them as a stream costs a message each, and brings versions only at the end.
+        """
+        if self._llm is None:
+            return None
+        return arrived(self._llm.output_processor, request_id, start=start)
 
     async def score_tokens(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probs of `token_ids[1:]`, each given those before it, under the present weights.
@@ -197,7 +200,7 @@ class VllmEngine:
         Raises:
             EngineError: no version was loaded yet, or the engine died.
         """
-        params = _sampling_params(temperature=1.0, max_tokens=1, prompt_logprobs=0)
+        params = sampling_params(temperature=1.0, max_tokens=1, prompt_logprobs=0)
         await self._admit()
         name = f"score-{uuid.uuid4()}"
         output = await self._run_request(token_ids, params, request_id=name, cache_salt=name)
@@ -229,6 +232,8 @@ class VllmEngine:
         except VLLMValidationError as error:
             raise ValueError(f"request {request_id}: {error}") from error
         except (EngineDeadError, EngineGenerateError) as error:
+            if isinstance(error, EngineDeadError):
+                self._dead.set()  # at once: whoever is told of the failure asks for it
             raise EngineError(f"request {request_id} failed: {error}") from error
         raise EngineError(f"request {request_id} was given up by the engine")
 
@@ -251,15 +256,26 @@ class VllmEngine:
             "isentrope_join_status", seconds=2 * spec.timeout_seconds, what="joining the group"
         )
 
-    async def begin_update(self, version: int, manifest: Manifest, *, bucket_bytes: int) -> None:
+    async def begin_update(
+        self,
+        version: int,
+        manifest: Manifest,
+        *,
+        bucket_bytes: int,
+        source: WeightSource | None = None,
+    ) -> None:
         """Start to receive a version in the background; returns when every worker is ready.
 
+        Args:
+            source: fetch it from there; without it, receive it in the group.
         Raises:
-            EngineError: the engine is in no group, has an update under way, or died.
+            EngineError: the engine is in no group and has no source, has an update under way, or
+                died.
         """
         update_info = {
             "manifest": [[spec.name, spec.dtype, list(spec.shape)] for spec in manifest],
             "bucket_bytes": bucket_bytes,
+            "source": None if source is None else dataclasses.asdict(source),
         }
         async with self._control_lock:
             await self._collective("start_weight_update")
@@ -466,101 +482,3 @@ class VllmEngine:
         if self._llm.output_handler is not None:
             self._llm.output_handler.cancel()
         self._llm.output_processor.propagate_error(EngineDeadError())
-
-
-def _sampling_params(**choices: Any) -> Any:
-    """vLLM's parameters of a request: no top-p and no top-k, so that log-probs are comparable."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return SamplingParams(
-        flat_logprobs=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-        **choices,
-    )
-
-
-def _to_completion(output: Any) -> Completion:
-    """Our record of one of vLLM's finished outputs."""
-    token_ids = array("I", output.token_ids)
-    logprobs = array("f", output.logprobs.logprobs)
-    runs = tuple(
-        VersionRun(int(span.version), span.end - span.start)
-        for span in output.weight_versions
-        if span.end > span.start
-    )
-    assert len(token_ids) == len(logprobs) == sum(run.num_tokens for run in runs)
-    return Completion(token_ids, logprobs, runs, is_truncated=output.finish_reason == "length")
-
-
-# --- starting vLLM, in the launcher thread --------------------------------------------------------
-
-
-# What whoever starts the process may have chosen otherwise.
-_ENVIRONMENT_DEFAULTS = {
-    # Without it vLLM finds its address by opening a socket towards a public one.
-    "VLLM_HOST_IP": "127.0.0.1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
-}
-
-
-def _launch(settings: EngineSettings) -> Any:
-    """Blocks until the engine's process has loaded the model."""
-    os.environ.update(_environment(settings))
-    for name, value in _ENVIRONMENT_DEFAULTS.items():
-        os.environ.setdefault(name, value)
-    from vllm import AsyncEngineArgs
-    from vllm.config import WeightTransferConfig
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    from services.rollout import weight_receiver
-
-    args = AsyncEngineArgs(
-        model=settings.model_path,
-        dtype=settings.dtype,
-        max_model_len=settings.max_model_len,
-        max_num_seqs=settings.max_num_seqs,
-        seed=settings.seed,
-        kv_cache_memory_bytes=settings.kv_cache_bytes,
-        gpu_memory_utilization=settings.gpu_memory_utilization,
-        tensor_parallel_size=settings.tensor_parallel_size,
-        enforce_eager=settings.enforce_eager,
-        load_format=settings.load_format,
-        skip_tokenizer_init=True,
-        generation_config="vllm",
-        enable_prefix_caching=True,
-        logprobs_mode="processed_logprobs",
-        weight_transfer_config=WeightTransferConfig(backend=weight_receiver.BACKEND_NAME),
-        worker_extension_cls="services.rollout.weight_receiver.WorkerExtension",
-        disable_log_stats=False,
-    )
-    config = args.create_engine_config()
-    is_single = settings.tensor_parallel_size == 1
-    executor = weight_receiver.InProcessExecutor if is_single else weight_receiver.WorkersExecutor
-    if settings.device == "cpu":
-        # vLLM has just asked for a separate worker process, and for starting processes afresh,
-        # to control OpenMP; we set OpenMP ourselves, and save 30 s of imports.
-        config.parallel_config.distributed_executor_backend = "uni" if is_single else "mp"
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-        executor.threads = settings.threads
-    return AsyncLLM(vllm_config=config, executor_class=executor, log_requests=False, log_stats=True)
-
-
-def _environment(settings: EngineSettings) -> dict[str, str]:
-    """What vLLM takes from the environment only; both processes see it."""
-    environment = {
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_ENGINE_READY_TIMEOUT_S": str(int(settings.start_timeout_seconds)),
-    }
-    if settings.device == "cpu":
-        environment |= {
-            "OMP_NUM_THREADS": str(settings.threads),
-            # The default pins the first thread of every replica on a machine to the same core.
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        }
-        if settings.enforce_eager:
-            # Log-probs are compiled even then, which needs a C++ compiler on the machine.
-            environment["TORCHDYNAMO_DISABLE"] = "1"
-    return environment

@@ -1,6 +1,7 @@
 """What a replica may do: its state, and the pure function that changes it.
 
     JOINING --ready--> STALE --confirmed--> SERVING --drain--> DRAINING --finished--> GONE
+                         ^------ swapped, rejected, left behind ------'
 
 Only SERVING samples new groups, and the only way into it is `confirmed`: the learner saw that the
 checksum of the weights and the canary's log-probs match its own. A swap that is not yet confirmed
@@ -33,6 +34,7 @@ class Event(Enum):
     SWAPPED = "new weights are in, not yet confirmed"
     CONFIRMED = "the learner confirmed the weights"
     REJECTED = "the learner rejected the weights"
+    LEFT_BEHIND = "the learner published without this replica"
     DRAIN = "asked to stop"
     FINISHED = "nothing is in flight any more"
 
@@ -44,6 +46,8 @@ _TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.STALE, Event.REJECTED): State.STALE,
     (State.SERVING, Event.SWAPPED): State.STALE,
     (State.SERVING, Event.REJECTED): State.STALE,
+    (State.STALE, Event.LEFT_BEHIND): State.STALE,
+    (State.SERVING, Event.LEFT_BEHIND): State.STALE,
     (State.JOINING, Event.DRAIN): State.DRAINING,
     (State.STALE, Event.DRAIN): State.DRAINING,
     (State.SERVING, Event.DRAIN): State.DRAINING,
@@ -51,6 +55,7 @@ _TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.DRAINING, Event.SWAPPED): State.DRAINING,
     (State.DRAINING, Event.CONFIRMED): State.DRAINING,
     (State.DRAINING, Event.REJECTED): State.DRAINING,
+    (State.DRAINING, Event.LEFT_BEHIND): State.DRAINING,
     (State.DRAINING, Event.FINISHED): State.GONE,
 }
 
@@ -129,6 +134,11 @@ class Replica:
                 lambda: policy_version in self._verdicts or policy_version != self.policy_version
             )
             return self._verdicts.get(policy_version, False)
+
+    @property
+    def confirmed_versions(self) -> frozenset[int]:
+        """Versions that were sampled from, and that the learner confirmed."""
+        return frozenset(each for each, is_confirmed in self._verdicts.items() if is_confirmed)
 
     def _remember(self, policy_version: int, is_confirmed: bool) -> None:
         self._verdicts[policy_version] = is_confirmed

@@ -12,14 +12,20 @@ import logging
 import time
 from array import array
 from collections.abc import Collection, Sequence
-from typing import Protocol
+from contextlib import AbstractContextManager
 
-from services.rollout.replica import Replica
+from services.rollout.concurrency import Change, Concurrency
+from services.rollout.draft import GroupDraft
+from services.rollout.keeper import Keeper
+from services.rollout.replica import Replica, State
+from services.rollout.requests import Engine, Requests
+from shared.activity import Phase, Report
 from shared.codec import decode_prompt_group, encode_rollout_group
 from shared.errors import EngineError, StreamError
 from shared.metrics import (
+    ROLLOUT_CONCURRENCY,
+    ROLLOUT_CONCURRENCY_CHANGES,
     ROLLOUT_IDLE,
-    ROLLOUT_IN_FLIGHT,
     ROLLOUT_MIXED,
     ROLLOUT_RESPONSE_TOKENS,
     ROLLOUT_SAMPLES,
@@ -31,24 +37,11 @@ from shared.stream import Entry, Stream
 
 logger = logging.getLogger(__name__)
 
-
-class Engine(Protocol):
-    """What the sampler needs of vLLM; `services.rollout.engine.VllmEngine` is it."""
-
-    async def generate(
-        self,
-        prompt_token_ids: Sequence[int],
-        *,
-        temperature: float,
-        max_completion_tokens: int,
-        stop_token_ids: Sequence[int],
-        request_id: str,
-    ) -> Completion:
-        """Sample one completion."""
+_ADAPT_SECONDS = 1.0
 
 
 class Sampler:
-    """Samples up to `max_concurrent_groups` groups at a time."""
+    """Samples as many groups at a time as `concurrency` allows."""
 
     def __init__(
         self,
@@ -60,7 +53,8 @@ class Sampler:
         rollouts: Stream,
         dead_letter: Stream,
         stop_token_ids: Sequence[int],
-        max_concurrent_groups: int,
+        concurrency: Concurrency,
+        keeper: Keeper,
         max_attempts: int,
     ) -> None:
         self.groups_sampled = 0
@@ -70,17 +64,26 @@ class Sampler:
         self._engine = engine
         self._replica = replica
         self._stop_token_ids = tuple(stop_token_ids)
+        self._concurrency = concurrency
+        self._keeper = keeper
         self._max_attempts = max_attempts
-        self._num_requests = 0
         self._stage = Stage(
             name=name,
             source=prompts,
             output=rollouts,
             dead_letter=dead_letter,
             work=self._complete,
-            max_in_flight=max_concurrent_groups,
+            max_in_flight=concurrency.limit,
             max_attempts=max_attempts,
+            on_done=keeper.drop,
             on_idle=ROLLOUT_IDLE.labels(cause="no_prompts").inc,
+            verb="samples",
+        )
+        self._requests = Requests(
+            engine,
+            name=name,
+            stop_token_ids=stop_token_ids,
+            on_progress=self._stage.activity.progress,
         )
 
     @property
@@ -88,10 +91,24 @@ class Sampler:
         """Groups claimed and not finished."""
         return self._stage.num_in_flight
 
+    def report(self) -> Report:
+        """What this replica does or waits for."""
+        version = self._replica.policy_version
+        has = "no version yet" if version < 0 else f"version {version}"
+        return self._stage.activity.report(standing=f"{self._replica.state.value}, has {has}")
+
+    def chore(self, what: str) -> AbstractContextManager[None]:
+        """Something that the replica does beside sampling; told if it takes long."""
+        return self._stage.activity.chore(what)
+
     async def run(self) -> None:
-        """Until the replica drains and nothing is in flight any more."""
-        await self._stage.run(self._may_serve)
-        await self._stage.finish()
+        """Until the replica drains, or its engine dies, and nothing is in flight any more."""
+        adapting = asyncio.create_task(self._adapt(), name="concurrency")
+        try:
+            await self._stage.run(self._may_serve)
+            await self._stage.finish()
+        finally:
+            adapting.cancel()
 
     async def adopt(self, *, idle_seconds: float, alive: Collection[str]) -> None:
         """Take over groups of replicas that died, as far as there are places."""
@@ -106,43 +123,51 @@ class Sampler:
         temperature: float,
         max_completion_tokens: int,
     ) -> tuple[Completion, ...]:
-        """Completions of one prompt at the same time.
+        """Completions of one prompt at the same time, outside the streams.
 
         Raises:
             EngineError, ValueError: the first that failed; the others are cancelled.
         """
-        try:
-            with ROLLOUT_IN_FLIGHT.track_inprogress():
-                async with asyncio.TaskGroup() as requests:
-                    tasks = [
-                        requests.create_task(
-                            self._engine.generate(
-                                prompt_token_ids,
-                                temperature=temperature,
-                                max_completion_tokens=max_completion_tokens,
-                                stop_token_ids=self._stop_token_ids,
-                                request_id=self._next_request_id(),
-                            )
-                        )
-                        for _ in range(num_completions)
-                    ]
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
-        return tuple(task.result() for task in tasks)
+        return await self._requests.sample(
+            prompt_token_ids,
+            num_completions=num_completions,
+            temperature=temperature,
+            max_completion_tokens=max_completion_tokens,
+        )
+
+    async def _adapt(self) -> None:
+        """Look at the engine's load at intervals, and let in as many groups as it carries."""
+        ROLLOUT_CONCURRENCY.set(self._concurrency.limit)
+        for change in Change:
+            ROLLOUT_CONCURRENCY_CHANGES.labels(reason=change.value)
+        while True:
+            await asyncio.sleep(_ADAPT_SECONDS)
+            moved = self._concurrency.update(
+                self._engine.load,
+                num_claimed=self._stage.num_in_flight,
+                num_sampling=self._requests.num_groups,
+            )
+            if moved is not None:
+                self._stage.max_in_flight = self._concurrency.limit
+                ROLLOUT_CONCURRENCY.set(self._concurrency.limit)
+                ROLLOUT_CONCURRENCY_CHANGES.labels(reason=moved.value).inc()
+                logger.debug("%d groups at a time: %s", self._concurrency.limit, moved.value)
 
     async def _may_serve(self) -> bool:
-        """Wait until this replica serves; False once it drains."""
+        """Wait until this replica serves; False once it drains, or cannot serve any more."""
         started, was_idle = time.monotonic(), not self._stage.num_in_flight
+        if self._replica.state is not State.SERVING:
+            self._stage.activity.loop_enters(Phase.LEARNER)
         serves = await self._replica.wait_to_serve(min_policy_version=0)
         if was_idle:
             ROLLOUT_IDLE.labels(cause="weight_sync").inc(time.monotonic() - started)
-        return serves
+        return serves and self._engine.is_alive
 
     async def _complete(self, entry: Entry) -> bytes | None:
         """The rollout group of a prompt group; None if the replica drained first."""
         try:
             group = decode_prompt_group(entry.payload)
-            rollout = await self._sample_confirmed(group)
+            rollout = await self._sample_confirmed(entry, group)
         except (StreamError, ValueError) as error:
             raise UnworkableError(str(error)) from None
         if rollout is None:
@@ -150,35 +175,53 @@ class Sampler:
         self._count(rollout)
         return encode_rollout_group(rollout)
 
-    async def _sample_confirmed(self, group: PromptGroup) -> RolloutGroup | None:
-        """Sample until every version seen was confirmed; None if the replica drains first."""
-        failures = 0
-        while await self._replica.wait_to_serve(min_policy_version=group.min_policy_version):
+    async def _may_sample(self, entry_id: str, version: int) -> bool:
+        """Wait until this replica serves `version` or a later one; False if it drains first."""
+        note = f"it has not brought version {version}"
+        with self._stage.activity.waiting(entry_id, Phase.LEARNER, note):
+            return await self._replica.wait_to_serve(min_policy_version=version)
+
+    async def _sample_confirmed(self, entry: Entry, group: PromptGroup) -> RolloutGroup | None:
+        """Sample until every version seen was confirmed; None if that cannot be done here."""
+        draft = GroupDraft(group, stop_token_ids=self._stop_token_ids)
+        if await self._may_sample(entry.id, group.min_policy_version):
+            await self._keeper.restore(entry, draft)
+        progress = self._stage.activity.progress
+        async with self._keeper.keeping(entry, draft, on_progress=progress):
+            if await self._complete_draft(entry.id, draft):
+                return RolloutGroup(group, draft.completions(), self._name, time.time())
+        await self._keeper.save(entry, draft)
+        return None
+
+    async def _complete_draft(self, entry_id: str, draft: GroupDraft) -> bool:
+        """Sample what is missing, as often as need be; False if that cannot be done here."""
+        group, failures = draft.group, 0
+        while await self._may_sample(entry_id, group.min_policy_version):
+            draft.cut(self._replica.confirmed_versions)
+            if not self._keeper.is_on:
+                draft.forget()
             try:
-                completions = await self.sample(
-                    group.prompt_token_ids,
-                    num_completions=group.group_size,
-                    temperature=group.temperature,
-                    max_completion_tokens=group.max_completion_tokens,
-                )
+                await self._requests.finish(draft)
             except EngineError as error:
                 ROLLOUT_SAMPLES.labels(outcome="error").inc(group.group_size)
+                if not self._engine.is_alive:
+                    return False
                 logger.warning("group %s failed, sampling again: %s", group.uid, error)
                 failures += 1
                 if failures == self._max_attempts:
                     raise UnworkableError(f"failed {failures} times: {error}") from None
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
-            versions = {run.policy_version for each in completions for run in each.version_runs}
-            verdicts = [await self._replica.wait_for_verdict(version) for version in versions]
-            if all(verdicts):
-                return RolloutGroup(group, completions, self._name, time.time())
+            if await self._is_confirmed(draft):
+                return True
             logger.warning("group %s saw rejected weights; sampling again", group.uid)
-        return None
+        return False
 
-    def _next_request_id(self) -> str:
-        self._num_requests += 1
-        return f"{self._name}/{self._num_requests}"
+    async def _is_confirmed(self, draft: GroupDraft) -> bool:
+        """Wait for the learner's word on what was sampled, and forget what it rejected."""
+        versions = sorted(draft.versions_sampled_here())
+        draft.cut([each for each in versions if await self._replica.wait_for_verdict(each)])
+        return draft.is_complete
 
     def _count(self, rollout: RolloutGroup) -> None:
         self.groups_sampled += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any, NoReturn, Protocol
 
@@ -10,7 +11,8 @@ import grpc
 from protos import rollout_pb2 as pb
 from protos import rollout_pb2_grpc as pb_grpc
 from services.rollout.replica import Event, Replica, State
-from services.rollout.sampler import Engine, Sampler
+from services.rollout.requests import Engine
+from services.rollout.sampler import Sampler
 from shared.broadcast import GroupSpec
 from shared.buckets import Manifest, ParameterSpec
 from shared.codec import completion_message, pack_logprobs, unpack_token_ids
@@ -23,10 +25,14 @@ from shared.metrics import (
     WEIGHT_SYNC_SECONDS,
 )
 from shared.records import Completion
+from shared.weight_stream import WeightSource
 
 logger = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Rollout"].full_name
+
+_SETTLE_SECONDS = 30.0
+"""How long a swap that nobody waits for any more may take before another update begins."""
 
 _STATES = {
     State.JOINING: pb.REPLICA_STATE_JOINING,
@@ -48,7 +54,12 @@ class UpdatableEngine(Engine, Protocol):
     async def join_group(self, spec: GroupSpec) -> None: ...
 
     async def begin_update(
-        self, version: int, manifest: Manifest, *, bucket_bytes: int
+        self,
+        version: int,
+        manifest: Manifest,
+        *,
+        bucket_bytes: int,
+        source: WeightSource | None = None,
     ) -> None: ...
 
     async def commit_update(
@@ -79,11 +90,13 @@ class RolloutServicer(pb_grpc.RolloutServicer):
         self._max_length = max_length
         self._epoch: int | None = None
         self._update: tuple[int, int] | None = None
+        self._committing: asyncio.Task[pb.CommitUpdateResponse] | None = None
+        self._checksum = 0
 
     async def GetStatus(
         self, request: pb.GetRolloutStatusRequest, context: Context
     ) -> pb.GetRolloutStatusResponse:
-        sampler = self._sampler
+        sampler, report = self._sampler, self._sampler.report()
         return pb.GetRolloutStatusResponse(
             replica=self._name,
             state=_STATES[self._replica.state],
@@ -93,6 +106,10 @@ class RolloutServicer(pb_grpc.RolloutServicer):
             groups_in_flight=sampler.groups_in_flight,
             mixed_version_completions=sampler.mixed_version_completions,
             num_workers=self._engine.num_workers,
+            checksum=self._checksum,
+            activity=report.sentence,
+            progress_age_seconds=report.progress_age_seconds,
+            stuck_seconds=report.stuck_seconds,
         )
 
     async def JoinBroadcast(
@@ -100,20 +117,20 @@ class RolloutServicer(pb_grpc.RolloutServicer):
     ) -> pb.JoinBroadcastResponse:
         if self._replica.is_ending:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "draining")
-        self._epoch, self._update = None, None
         try:
-            await self._engine.join_group(
-                GroupSpec(
-                    epoch=request.epoch,
-                    backend=request.backend,  # type: ignore[arg-type]
-                    store_host=request.store_host,
-                    store_port=request.store_port,
-                    key=request.key,
-                    rank=request.rank,
-                    world_size=request.world_size,
-                    timeout_seconds=request.timeout_seconds,
-                )
+            await self._forget_update()
+            spec = GroupSpec(
+                epoch=request.epoch,
+                backend=request.backend,  # type: ignore[arg-type]
+                store_host=request.store_host,
+                store_port=request.store_port,
+                key=request.key,
+                rank=request.rank,
+                world_size=request.world_size,
+                timeout_seconds=request.timeout_seconds,
             )
+            with self._sampler.chore("joins a broadcast group"):
+                await self._engine.join_group(spec)
         except (BroadcastError, EngineError, ValueError) as error:
             await _abort(context, error)
         self._epoch = request.epoch
@@ -122,7 +139,8 @@ class RolloutServicer(pb_grpc.RolloutServicer):
     async def BeginUpdate(
         self, request: pb.BeginUpdateRequest, context: Context
     ) -> pb.BeginUpdateResponse:
-        if request.epoch != self._epoch:
+        source = _source(request)
+        if source is None and request.epoch != self._epoch:
             await context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"in epoch {self._epoch}, not {request.epoch}; join first",
@@ -131,9 +149,15 @@ class RolloutServicer(pb_grpc.RolloutServicer):
             ParameterSpec(each.name, each.dtype, tuple(each.shape)) for each in request.manifest
         )
         try:
-            await self._engine.begin_update(
-                request.policy_version, manifest, bucket_bytes=request.bucket_bytes
-            )
+            if request.is_left_behind:
+                await self._replica.handle(Event.LEFT_BEHIND)
+                await self._forget_update()
+                await self._engine.abort_update()
+            version, bucket_bytes = request.policy_version, request.bucket_bytes
+            with self._sampler.chore(f"begins to take version {version}"):
+                await self._engine.begin_update(
+                    version, manifest, bucket_bytes=bucket_bytes, source=source
+                )
         except (BroadcastError, EngineError, ValueError) as error:
             await _abort(context, error)
         size = sum(spec.num_bytes for spec in manifest)
@@ -149,19 +173,30 @@ class RolloutServicer(pb_grpc.RolloutServicer):
                 f"no update to version {request.policy_version} was begun",
             )
             raise AssertionError("abort raises")
-        version, size = self._update
-        self._update = None
+        size, self._update = self._update[1], None
+        self._committing = asyncio.create_task(self._commit(request, size))
+        self._committing.add_done_callback(_retrieve)
         try:
-            report = await self._engine.commit_update(
-                version,
-                expected_checksum=request.checksum,
-                timeout_seconds=request.timeout_seconds,
-            )
+            # A caller that gives up during the swap must not leave a version in that nobody noted.
+            return await asyncio.shield(self._committing)
+        except (BroadcastError, EngineError, StreamError, ValueError) as error:
+            await _abort(context, error)
+
+    async def _commit(self, request: pb.CommitUpdateRequest, size: int) -> pb.CommitUpdateResponse:
+        version = request.policy_version
+        try:
+            with self._sampler.chore(f"takes version {version}"):
+                report = await self._engine.commit_update(
+                    version,
+                    expected_checksum=request.checksum,
+                    timeout_seconds=request.timeout_seconds,
+                )
+            self._checksum = report.checksum
             await self._replica.swapped(version)
             canary = await self._engine.score_tokens(unpack_token_ids(request.canary_token_ids))
-        except (BroadcastError, EngineError, StreamError, ValueError) as error:
+        except (BroadcastError, EngineError, StreamError, ValueError):
             WEIGHT_SYNC_OPERATIONS.labels(result="error").inc()
-            await _abort(context, error)
+            raise
         WEIGHT_SYNC_BYTES.inc(size)
         WEIGHT_SYNC_PAUSE.inc(report.pause_seconds)
         WEIGHT_SYNC_SECONDS.labels(phase="broadcast").observe(report.receive_seconds)
@@ -175,6 +210,20 @@ class RolloutServicer(pb_grpc.RolloutServicer):
             pause_seconds=report.pause_seconds,
         )
 
+    async def _forget_update(self) -> None:
+        """Give up what was begun, and end a commit whose caller gave up.
+
+        Raises:
+            EngineError: the engine is dead, or does not end it.
+        """
+        self._epoch, self._update = None, None
+        if self._committing is None or self._committing.done():
+            return
+        await self._engine.abort_update()
+        await asyncio.wait({self._committing}, timeout=_SETTLE_SECONDS)
+        if not self._committing.done():
+            raise EngineError("the engine is still busy with the last update")
+
     async def Serve(self, request: pb.ServeRequest, context: Context) -> pb.ServeResponse:
         try:
             await self._replica.judged(request.policy_version, is_confirmed=True)
@@ -187,8 +236,8 @@ class RolloutServicer(pb_grpc.RolloutServicer):
     async def AbortUpdate(
         self, request: pb.AbortUpdateRequest, context: Context
     ) -> pb.AbortUpdateResponse:
-        self._epoch, self._update = None, None
         try:
+            await self._forget_update()
             await self._engine.abort_update()
         except EngineError as error:
             await _abort(context, error)
@@ -231,6 +280,19 @@ class RolloutServicer(pb_grpc.RolloutServicer):
             temperature=request.temperature,
             max_completion_tokens=request.max_completion_tokens,
         )
+
+
+def _source(request: pb.BeginUpdateRequest) -> WeightSource | None:
+    if not request.HasField("source"):
+        return None
+    source = request.source
+    return WeightSource(source.address, source.ticket, source.timeout_seconds)
+
+
+def _retrieve(committing: asyncio.Task[pb.CommitUpdateResponse]) -> None:
+    """Look at the outcome, which otherwise nobody may do, and asyncio would complain."""
+    if not committing.cancelled() and (error := committing.exception()) is not None:
+        logger.warning("update not committed: %s", error)
 
 
 async def _abort(context: Context, error: Exception) -> NoReturn:

@@ -42,8 +42,9 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from shared.broadcast import BroadcastGroup, GroupSpec, Received, open_group, receive_weights
-from shared.buckets import Manifest, ParameterSpec
+from shared.buckets import Manifest, ParameterSpec, StagedWeights
 from shared.errors import BroadcastError
+from shared.weight_stream import WeightSource, fetch_weights
 
 BACKEND_NAME = "isentrope"
 
@@ -72,10 +73,14 @@ class InitInfo(WeightTransferInitInfo):  # type: ignore[misc, unused-ignore]
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc, unused-ignore]
-    """What is about to be broadcast; `manifest` has one [name, dtype, shape] a parameter."""
+    """What is about to be sent; `manifest` has one [name, dtype, shape] a parameter.
+
+    `source` has the fields of a `WeightSource`; without it the version comes in the group.
+    """
 
     manifest: list[list[Any]]
     bucket_bytes: int
+    source: dict[str, Any] | None = None
 
 
 class _Background:
@@ -116,7 +121,12 @@ class _Background:
 
 
 class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ignore[misc, unused-ignore]
-    """Receives whole versions into a staging copy, and swaps them in when asked to."""
+    """Receives whole versions into a staging copy, and swaps them in when asked to.
+
+    The memory of the copy is kept from one version to the next: memory that is touched for the
+    first time takes longer than what it receives. After a failure it is left to whatever may
+    still write to it.
+    """
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
@@ -126,6 +136,8 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ignor
         super().__init__(*args)
         self._joining: _Background | None = None
         self._receiving: _Background | None = None
+        self._filling: StagedWeights | None = None
+        self._spare: StagedWeights | None = None
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Leave the present group, if any, and start to join the one described."""
@@ -149,14 +161,32 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ignor
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Start to receive, and return."""
-        group = self._group()
         manifest: Manifest = tuple(
             ParameterSpec(name, dtype, tuple(shape)) for name, dtype, shape in update_info.manifest
         )
+        size = update_info.bucket_bytes
+        if update_info.source is not None:
+            source = WeightSource(**update_info.source)
+            staged = self._take_memory(manifest, bucket_bytes=size)
+            self._receiving = _Background(
+                f"fetching from {source.address}",
+                lambda: fetch_weights(source, manifest, bucket_bytes=size, staged=staged),
+            )
+            return
+        group = self._group()
+        staged = self._take_memory(manifest, bucket_bytes=size)
         self._receiving = _Background(
             f"receiving in {group.spec.key}",
-            lambda: receive_weights(group, manifest, bucket_bytes=update_info.bucket_bytes),
+            lambda: receive_weights(group, manifest, bucket_bytes=size, staged=staged),
         )
+
+    def _take_memory(self, manifest: Manifest, *, bucket_bytes: int) -> StagedWeights:
+        """That of the last version which was swapped in, or new memory."""
+        staged, self._spare = self._spare, None
+        if staged is None or (staged.manifest, staged.bucket_bytes) != (manifest, bucket_bytes):
+            staged = StagedWeights(manifest, bucket_bytes=bucket_bytes)
+        self._filling = staged
+        return staged
 
     def finish_weight_update(self) -> None:
         """Swap the received weights in.
@@ -171,10 +201,12 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ignor
         received: Received = self._receiving.require()
         self._receiving = None
         load_weights(self.model, self.model_config, received.tensors)
+        self._spare, self._filling = self._filling, None
 
     def shutdown(self) -> None:
         """Leave the group and forget what was received."""
         joining, self._joining, self._receiving = self._joining, None, None
+        self._filling = None
         if joining is not None and isinstance(joining.result, BroadcastGroup):
             joining.result.close()
 

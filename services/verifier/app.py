@@ -20,6 +20,7 @@ from shared.stage import adopt_orphans
 from shared.stream import Bounds
 from shared.tasks.registry import load_task
 from shared.tokenizer import Tokenizer
+from shared.watchdog import watched
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ async def _serve(
     worker: Worker,
     streams: Streams,
 ) -> None:
-    network = given.config.network
+    network, stall_seconds = given.config.network, given.config.watchdog.stall_seconds
     servicer = VerifierServicer(name=given.name, pool=pool, worker=worker)
     describe_process(
         run_id=given.run_id,
@@ -85,6 +86,7 @@ async def _serve(
             metrics_address=f"{given.host}:{metrics_port}",
             seconds=network.lease_seconds,
         ) as lease,
+        watched(worker.report, server, "verifier", stall_seconds=stall_seconds),
     ):
         await server.set_serving(True)
         logger.info("verifier %s listens on port %d", given.name, server.port)

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 
 from services.verifier.sandbox import ScoringPool
 from shared.errors import StartError
-from shared.records import Outcome, RolloutGroup, Score, ScoredGroup
+from shared.records import Completion, Outcome, RolloutGroup, Score, ScoredGroup
 from shared.tasks.task import DemonstratedTask, Task
 from shared.tokenizer import Tokenizer
 
 
 async def score_group(
-    pool: ScoringPool, tokenizer: Tokenizer, group: RolloutGroup, *, verifier: str
+    pool: ScoringPool,
+    tokenizer: Tokenizer,
+    group: RolloutGroup,
+    *,
+    verifier: str,
+    on_score: Callable[[], None] = lambda: None,
 ) -> ScoredGroup:
-    """One score per completion; `verifier` names this replica."""
+    """One score per completion; `verifier` names this replica, `on_score` is told of each."""
+
+    async def judge(completion: Completion) -> Score:
+        text = tokenizer.decode(completion.token_ids)
+        score = await pool.score(text, answer=group.prompt.answer)
+        on_score()
+        return score
+
     if group.prompt.task == pool.task.name:
-        scores = await asyncio.gather(
-            *(
-                pool.score(tokenizer.decode(completion.token_ids), answer=group.prompt.answer)
-                for completion in group.completions
-            )
-        )
+        scores = await asyncio.gather(*map(judge, group.completions))
     else:
         detail = f"{verifier} scores {pool.task.name!r}, not {group.prompt.task!r}"
         scores = [Score(Outcome.ERROR, 0.0, detail)] * len(group.completions)

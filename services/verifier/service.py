@@ -51,8 +51,12 @@ class VerifierServicer(pb_grpc.VerifierServicer):
     async def GetStatus(
         self, request: pb.GetVerifierStatusRequest, context: Context
     ) -> pb.GetVerifierStatusResponse:
+        report = self._worker.report()
         return pb.GetVerifierStatusResponse(
             replica=self._name,
             groups_scored=self._worker.groups_scored,
             completions_scored=self._worker.completions_scored,
+            activity=report.sentence,
+            progress_age_seconds=report.progress_age_seconds,
+            stuck_seconds=report.stuck_seconds,
         )

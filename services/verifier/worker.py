@@ -12,6 +12,7 @@ from collections.abc import Collection
 
 from services.verifier.sandbox import ScoringPool
 from services.verifier.scoring import score_group
+from shared.activity import Report
 from shared.codec import decode_rollout_group, encode_scored_group
 from shared.errors import StreamError
 from shared.stage import Stage, UnworkableError
@@ -50,7 +51,12 @@ class Worker:
             work=self._score,
             max_in_flight=max_concurrent_groups,
             max_attempts=max_attempts,
+            verb="scores",
         )
+
+    def report(self) -> Report:
+        """What this verifier does or waits for."""
+        return self._stage.activity.report()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until told to stop; what is in flight is finished, or left to other verifiers."""
@@ -68,7 +74,13 @@ class Worker:
     async def _score(self, entry: Entry) -> bytes:
         try:
             group = decode_rollout_group(entry.payload)
-            scored = await score_group(self._pool, self._tokenizer, group, verifier=self._name)
+            scored = await score_group(
+                self._pool,
+                self._tokenizer,
+                group,
+                verifier=self._name,
+                on_score=self._stage.activity.progress,
+            )
         except StreamError as error:
             raise UnworkableError(str(error)) from None
         self.groups_scored += 1

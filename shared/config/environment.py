@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from shared.errors import ConfigError
 
+_MAX_PORT = 65535
+
 
 @dataclass(frozen=True, slots=True)
 class Environment:
@@ -16,6 +18,8 @@ class Environment:
     Attributes:
         redis_url: `REDIS_URL`; wins over the run file.
         advertised_host: `ISENTROPE_HOST`; address peers reach this process at (a pod's IP).
+        bind_host, port, metrics_port: `ISENTROPE_BIND`, `ISENTROPE_PORT`, `ISENTROPE_METRICS_PORT`;
+            win over the `[network]` of the run file, which then is the same everywhere.
         rank, local_rank, world_size: `RANK`, `LOCAL_RANK`, `WORLD_SIZE` as torchrun sets them.
         master_address, master_port: `MASTER_ADDR`, `MASTER_PORT` of the learner's ranks.
     """
@@ -27,13 +31,16 @@ class Environment:
     world_size: int
     master_address: str
     master_port: int
+    bind_host: str | None = None
+    port: int | None = None
+    metrics_port: int | None = None
 
     @classmethod
     def read(cls, variables: Mapping[str, str] | None = None) -> Environment:
         """From `variables`, or the process environment.
 
         Raises:
-            ConfigError: a number is not one.
+            ConfigError: a number is not one, or out of its range.
         """
         given = os.environ if variables is None else variables
         rank = _integer(given, "RANK", 0)
@@ -48,6 +55,9 @@ class Environment:
             world_size=world_size,
             master_address=given.get("MASTER_ADDR", "127.0.0.1"),
             master_port=_integer(given, "MASTER_PORT", 0),
+            bind_host=given.get("ISENTROPE_BIND") or None,
+            port=_port(given, "ISENTROPE_PORT"),
+            metrics_port=_port(given, "ISENTROPE_METRICS_PORT"),
         )
 
 
@@ -57,3 +67,12 @@ def _integer(variables: Mapping[str, str], name: str, default: int) -> int:
         return int(text)
     except ValueError:
         raise ConfigError(f"{name} = {text!r}: must be a whole number") from None
+
+
+def _port(variables: Mapping[str, str], name: str) -> int | None:
+    if not variables.get(name):
+        return None
+    port = _integer(variables, name, 0)
+    if not 0 <= port <= _MAX_PORT:
+        raise ConfigError(f"{name} = {port}: must be a port, 0 to {_MAX_PORT}")
+    return port

@@ -33,6 +33,7 @@ from shared.config.services import (
     TaskConfig,
     VerifierConfig,
     WarmupConfig,
+    WatchdogConfig,
     WeightsConfig,
 )
 
@@ -83,6 +84,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     redis: RedisConfig = RedisConfig()
     network: NetworkConfig = NetworkConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     law: LawConfig = LawConfig()
 

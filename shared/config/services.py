@@ -64,6 +64,14 @@ class RedisConfig(Section):
     reclaim_seconds: Seconds = 30.0
     """An entry claimed this long ago by a consumer whose lease ended is given to another."""
 
+    outage_seconds: Seconds = 600.0
+    """The learner waits this long for a server that is away or refuses, then it ends with an error
+    and the run can be resumed."""
+
+    reconcile_seconds: Seconds = 10.0
+    """While no group comes, the learner compares this often what is out with what the streams
+    hold, and issues again what they lost."""
+
     @property
     def max_prompts_bytes(self) -> int:
         """`max_prompts_mib` in bytes."""
@@ -150,8 +158,14 @@ class RolloutConfig(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Of training samples; the learner divides its logits by the same."""
 
-    max_concurrent_groups: Count = 16
-    """Groups one replica samples at a time."""
+    max_concurrent_groups: Count = 32
+    """Groups one replica samples at a time, at most. It begins with as many as surely fit into its
+    KV cache, takes more while there is room, and fewer when vLLM puts requests back."""
+
+    partial_tokens: Index = 256
+    """A group's completions are saved in Redis each time one of them has so many new tokens, so
+    that another replica can go on from them: 8 bytes a token, of groups in work only. 0 saves
+    nothing, and a completion that was cut off is sampled from its start."""
 
     tensor_parallel_size: Count = 1
     """GPUs of one replica."""
@@ -231,8 +245,10 @@ class LearnerConfig(Section):
     micro_batch_tokens: Count = 16384
     """Padded tokens of one forward and backward pass per rank."""
 
-    logit_chunk_tokens: Count = 1024
-    """Tokens whose logits are held at a time."""
+    logit_chunk_tokens: Count = 384
+    """Tokens whose logits are held at a time, from the forward pass to the end of the backward
+    pass; those of the other tokens are computed twice. A logit takes 4 bytes: of a vocabulary of
+    151,936, 384 tokens take 223 MiB. Fewer than 256 make the products slower."""
 
     threads: Count = 1
     """CPU threads of one rank."""
@@ -258,6 +274,15 @@ class WeightsConfig(Section):
 
     timeout_seconds: Seconds = 60.0
     """Bounds each phase of a publication; a silent replica is dropped after it."""
+
+    republish_seconds: Seconds = 120.0
+    """A publication that did not reach a living replica is tried again with those it did not
+    reach, in a new epoch; but no further time once this long has passed since it began."""
+
+    catch_up: Literal["stream", "group"] = "stream"
+    """How a replica that came late or was left behind gets the published version: at once, from a
+    copy that the learner keeps in host memory (one model's size); or in a group, when the learner
+    waits for data or publishes next, without a copy."""
 
     canary_tolerance: Annotated[float, Field(gt=0)] = 1e-3
     """Largest difference of a canary log-prob between learner and replica, in nats (float32).
@@ -288,3 +313,12 @@ class CheckpointConfig(Section):
 
     keep: Count = 2
     """Newest checkpoints that are kept."""
+
+
+class WatchdogConfig(Section):
+    """When nothing happening is a fault."""
+
+    stall_seconds: Annotated[float, Field(ge=0)] = 300.0
+    """A run without a step for this long is stalled, and says who is waited for; a process that
+    ends nothing of its own work for this long is unhealthy, and a cluster restarts it. Above the
+    longest step, checkpoint and completion; 0: never."""

@@ -1,8 +1,9 @@
-"""What every benchmark says beside its numbers, and how it shows that it goes on."""
+"""What benchmarks share: an interval, what stands beside the numbers, a sign that they go on."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
@@ -20,6 +21,7 @@ from rich.progress import Progress
 RESULTS = Path(__file__).parent / "results"
 SECONDS_BETWEEN_LINES = 5.0
 LOG_WIDTH = 120
+CONFIDENCE = 0.95
 
 
 class Setting(NamedTuple):
@@ -52,6 +54,22 @@ def machine() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return f"{os.cpu_count()} cores of {model.strip()}, {memory:.0f} GiB, {gpu}"
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The order statistics that hold the median with CONFIDENCE; all of them where too few.
+
+    As many values lie below the median as heads fall in as many throws of a coin.
+    """
+    ordered, count = sorted(values), len(values)
+    outside, cut = 0.0, 0
+    while cut < (count - 1) // 2:
+        outside += 2 * math.comb(count, cut) / 2**count
+        if outside > 1 - CONFIDENCE:
+            break
+        cut += 1
+    cut = max(0, cut - 1)
+    return ordered[cut], ordered[count - 1 - cut]
 
 
 def write_result(path: Path, setting: Setting, **measured: Any) -> None:

@@ -27,7 +27,8 @@ from typing import IO, Any
 from services.learner.engine import LearnerEngine
 from services.learner.feeder import make_group
 from services.learner.ledger import Ledger
-from services.rollout.engine import EngineSettings, VllmEngine
+from services.rollout.engine import VllmEngine
+from services.rollout.vllm_launch import EngineSettings
 from shared.broadcast import GroupSpec, open_group, open_store, send_weights
 from shared.config import Environment, RunConfig, load_run
 from shared.records import (

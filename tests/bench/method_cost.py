@@ -13,7 +13,6 @@ the machine moves them little; seconds by the clock are beside them.
 from __future__ import annotations
 
 import argparse
-import math
 import random
 import statistics
 import tempfile
@@ -44,10 +43,16 @@ from shared.records import (
     ScoredGroup,
     VersionRun,
 )
-from tests.bench.benchmark import RESULTS, Progressing, Setting, console, write_result
+from tests.bench.benchmark import (
+    RESULTS,
+    Progressing,
+    Setting,
+    console,
+    median_interval,
+    write_result,
+)
 
 RESULT = RESULTS / "method-cost.json"
-CONFIDENCE = 0.95
 LIBRARIES = ("torch", "deepspeed", "transformers")
 
 Document = dict[str, dict[str, Any]]
@@ -278,22 +283,6 @@ def measure(
             before = after
             progress.advance(f"{layout.optimizer_steps} optimiser steps, {name}")
     return pairs
-
-
-def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The order statistics that hold the median with CONFIDENCE; all of them where too few.
-
-    As many values lie below the median as heads fall in as many throws of a coin.
-    """
-    ordered, count = sorted(values), len(values)
-    outside, cut = 0.0, 0
-    while cut < (count - 1) // 2:
-        outside += 2 * math.comb(count, cut) / 2**count
-        if outside > 1 - CONFIDENCE:
-            break
-        cut += 1
-    cut = max(0, cut - 1)
-    return ordered[cut], ordered[count - 1 - cut]
 
 
 def row(size: str, layout: Layout, method: str, pairs: Sequence[Pair]) -> Row:

@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from tests.bench.method_cost import LAYOUTS, Pair, Seconds, median_interval, row
+from tests.bench.benchmark import median_interval
+from tests.bench.method_cost import LAYOUTS, Pair, Seconds, row
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_each_letter_is_shown_with_where_when_why_and_how_often(
 ) -> None:
     ids = give_two_up(folder)
     assert main(["dead-letters", str(folder.path)]) == 0
-    title, first, why_first, second, why_second = capsys.readouterr().out.splitlines()
+    title, first, why_first, second, why_second, advice = capsys.readouterr().out.splitlines()
     assert title == f"{folder.run_id}: 2 dead letters"
     assert re.fullmatch(
         rf"{ids[0]}  from prompts  20\d\d-\d\d-\d\d \d\d:\d\d:\d\d  delivered 2 times"
@@ -114,6 +114,7 @@ def test_each_letter_is_shown_with_where_when_why_and_how_often(
     assert why_first == "    EngineError: out of ?[31mmemory"
     assert re.fullmatch(rf"{ids[1]}  from rollouts  .*  unreadable, 6 bytes", second)
     assert why_second == "    not a group"
+    assert advice.startswith("the learner issues these prompts again by itself")
 
 
 def test_without_letters_it_says_so(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:

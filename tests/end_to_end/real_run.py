@@ -225,21 +225,6 @@ def write_run_file(folder: Path, *, model: Path, num_steps: int, max_staleness: 
     return path
 
 
-def start_by_hand(folder: Path, command_line: str) -> subprocess.Popen[bytes]:
-    """What a shell makes of `NAME=value program arguments`, without the shell's process."""
-    words = command_line.split()
-    settings = [word.split("=", 1) for word in words if word.startswith("REDIS_URL=")]
-    with (folder / "by-hand.log").open("wb") as log:
-        return subprocess.Popen(
-            words[len(settings) :],
-            cwd=folder,
-            env={**_inherited(), **dict(settings), "TMPDIR": str(folder / "tmp")},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-        )
-
-
 def rollout_status(member: Member) -> rollout_pb.GetRolloutStatusResponse:
     with grpc.insecure_channel(member.address) as channel:
         stub = rollout_pb2_grpc.RolloutStub(channel)
@@ -279,10 +264,6 @@ def children_of(pid: int) -> list[int]:
     threads = Path(f"/proc/{pid}/task").glob("*/children")
     listed = [int(child) for thread in threads for child in thread.read_text().split()]
     return [each for child in listed for each in (child, *children_of(child))]
-
-
-def is_gone(pid: int) -> bool:
-    return not _is_running(Path(f"/proc/{pid}"))
 
 
 def positions(rows: Sequence[Row]) -> list[tuple[int, int]]:

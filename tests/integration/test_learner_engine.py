@@ -11,6 +11,7 @@ import random
 import socket
 import subprocess
 import sys
+import weakref
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -322,6 +323,24 @@ def test_an_exported_model_is_the_trained_one(stage: int, wide_model: Path, tmp_
     assert (tmp_path / "tokenizer_config.json").exists()
 
 
+def test_a_sharded_model_is_never_whole_while_its_weights_are_taken(tmp_path: Path) -> None:
+    save_model(tmp_path, vocabulary=40_000, tied=False)
+    config = run_config(learner={"zero_stage": 3}, weights={"bucket_mib": 1})
+    engine = LearnerEngine.start(config, str(tmp_path), ALONE)
+    sizes = {spec.name: spec.num_bytes for spec in engine.manifest()}
+    shards = list(engine._policy.model.parameters())
+    assert not any(each.numel() for each in shards)
+    taken: list[tuple[weakref.ref[Tensor], int]] = []
+    held = []
+    for name, weight in engine.weights():
+        taken.append((weakref.ref(weight), sizes[name]))
+        copies = sum(size for copy, size in taken if copy() is not None)
+        held.append(copies + sum(each.numel() * each.element_size() for each in shards))
+    engine.close()
+    # Two matrices of the vocabulary are nearly all of it, each a bucket of its own.
+    assert max(sizes.values()) <= max(held) < 0.6 * sum(sizes.values())
+
+
 def test_scores_need_a_token_after_the_first(model: Path) -> None:
     engine = LearnerEngine.start(run_config(), str(model), ALONE)
     with pytest.raises(ValueError, match="one more is needed"):
@@ -378,7 +397,7 @@ def test_only_what_applies_is_measured(model: Path) -> None:
     rich = engine.train(scored_groups(0), step=0, policy_version=1)
     after = engine.train(scored_groups(1), step=1, policy_version=1)
     engine.close()
-    assert plain.histograms == {"staleness": [(1, 23)]}
+    assert plain.histograms["staleness"] == [(1, 23)]
     assert sum(plain.profiles["entropy_histogram"]) == plain.metrics["tokens"]
     assert len(plain.profiles["entropy_by_position"]) == 10
     assert rich.metrics.keys() - plain.metrics.keys() == {

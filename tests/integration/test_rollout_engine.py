@@ -4,62 +4,44 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 from array import array
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import pytest_asyncio
-import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 
-from services.rollout.engine import EngineSettings, UpdateReport, VllmEngine
+from services.rollout.app import run_replica
+from services.rollout.engine import UpdateReport, VllmEngine
+from services.rollout.replica import Event, Replica
+from services.rollout.vllm_launch import EngineSettings
+from shared.activity import Report
 from shared.broadcast import BroadcastGroup, GroupSpec, open_group, open_store, send_weights
 from shared.buckets import Manifest, ParameterSpec, pack_buckets
+from shared.codec import encode_prompt_group
 from shared.errors import BroadcastError, EngineError
+from shared.partials import append_runs
 from shared.records import Completion, VersionRun
+from shared.redis_stream import open_streams
+from shared.stream import Bounds
+from tests.factories import make_prompt
+from tests.integration.tiny_qwen import TOLERANCE, VOCABULARY, random_model, reference_logprobs
+from tests.learner.publishing import learner_side, replica_arguments
+from tests.rollout.scene import Scene
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
 
-VOCABULARY = 20
 BUCKET_BYTES = 32 << 10
 CANARY = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
-TOLERANCE = 1e-4
-
-
-def random_model(seed: int) -> Qwen2ForCausalLM:
-    """Tied embeddings, and weights so large that two models disagree everywhere."""
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=64,  # in heads of 32, the smallest that vLLM's CPU attention knows
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return Qwen2ForCausalLM(config).eval()
-
-
-@torch.no_grad()
-def reference_logprobs(
-    model: Qwen2ForCausalLM, token_ids: list[int], temperature: float = 1.0
-) -> list[float]:
-    """Log-probs of token_ids[1:] as Hugging Face computes them."""
-    logits = model(torch.tensor([token_ids])).logits[0, :-1] / temperature
-    picked = torch.log_softmax(logits, -1).gather(1, torch.tensor(token_ids[1:])[:, None])
-    return [float(value) for value in picked[:, 0]]
 
 
 def manifest_of(model: Qwen2ForCausalLM) -> Manifest:
@@ -265,6 +247,41 @@ async def test_updates_lose_no_request_and_label_every_token(
     await assert_serves(engine, model)
 
 
+async def test_what_a_request_has_sampled_is_known_while_it_runs(
+    engine: VllmEngine, learner: Learner
+) -> None:
+    await learner.publish(random_model(5))
+    first = learner.version
+    names = [f"running-{number}" for number in range(8)]
+    tasks = [sample(engine, name, max_completion_tokens=200) for name in names]
+    updates = asyncio.create_task(learner.publish(random_model(6)))
+    seen: list[list[Completion]] = [[] for _ in names]
+    while not all(task.done() for task in tasks):
+        for name, pieces in zip(names, seen, strict=True):
+            start = sum(len(piece.token_ids) for piece in pieces)
+            if (piece := engine.progress(name, start=start)) is not None:
+                pieces.append(piece)
+        await asyncio.sleep(0.005)
+    await updates
+
+    for name, task, pieces in zip(names, tasks, seen, strict=True):
+        whole, ids, logprobs = await task, array("I"), array("f")
+        runs: list[VersionRun] = []
+        for piece in pieces:
+            ids += piece.token_ids
+            logprobs += piece.behaviour_logprobs
+            append_runs(runs, piece.version_runs)
+        assert len(pieces) > 1 and len(ids) > 1
+        assert ids == whole.token_ids[: len(ids)]
+        assert logprobs == whole.behaviour_logprobs[: len(ids)]
+        versions = [run.policy_version for run in whole.version_runs for _ in range(run.num_tokens)]
+        assert versions[: len(ids)] == [
+            run.policy_version for run in runs for _ in range(run.num_tokens)
+        ]
+        assert set(versions) <= {first, learner.version}
+        assert engine.progress(name, start=0) is None, "forgotten at its end"
+
+
 async def test_new_requests_do_not_meet_the_prefix_cache_of_an_older_version(
     engine: VllmEngine, learner: Learner
 ) -> None:
@@ -373,14 +390,106 @@ async def test_weights_of_another_model_stop_sampling_until_a_whole_version_arri
     await assert_serves(engine, random_model(10))
 
 
+class Trained:
+    """A model as the learner's publisher asks for it."""
+
+    def __init__(self, model: Qwen2ForCausalLM) -> None:
+        self._model = model
+
+    def manifest(self) -> Manifest:
+        return manifest_of(self._model)
+
+    def weights(self) -> Iterator[tuple[str, Any]]:
+        yield from self._model.named_parameters()
+
+    def score_tokens(self, token_ids: Sequence[int]) -> list[float]:
+        return reference_logprobs(self._model, list(token_ids))
+
+
+async def test_a_late_replica_fetches_the_published_version_and_hands_in_a_group(
+    engine: VllmEngine, learner: Learner, redis_url: str
+) -> None:
+    learner.leave()
+    model, run_id, bounds = random_model(11), "late", Bounds(8, 1 << 20)
+    given = replica_arguments("late", run_id=run_id, redis_url=redis_url)
+    async with open_streams(
+        redis_url, run_id=run_id, prompts=bounds, groups=bounds, timeout_seconds=5.0
+    ) as streams:
+        side = learner_side(
+            streams,
+            model=cast(Any, Trained(model)),
+            bucket_bytes=BUCKET_BYTES,
+            timeout_seconds=30.0,
+        )
+        learner.version += 1
+        await side.publisher.publish(learner.version)
+        await streams.prompts.put(encode_prompt_group(make_prompt()))
+        stop = asyncio.Event()
+        running = asyncio.create_task(
+            run_replica(
+                given,
+                stop,
+                engine,
+                streams,
+                replica=Replica(),
+                stop_token_ids=(),
+                metrics_address="127.0.0.1:0",
+            )
+        )
+        async with side.catching_up(), asyncio.timeout(60.0):
+            while not await streams.rollouts.peek():
+                await asyncio.sleep(0.02)
+        assert side.serving == {"late": learner.version}
+        assert engine.policy_version == learner.version
+        await assert_serves(engine, model)
+        stop.set()
+        await running
+        await side.close()
+
+
+async def test_a_replica_whose_engine_stands_still_is_stuck_until_it_goes_on(
+    engine: VllmEngine, learner: Learner
+) -> None:
+    await learner.publish(random_model(11))
+    assert engine.policy_version is not None
+    scene = Scene(name="stalled", engine=cast(Any, engine))
+    await scene.replica.handle(Event.READY)
+    await scene.replica.swapped(engine.policy_version)
+    await scene.replica.judged(engine.policy_version, is_confirmed=True)
+    running = asyncio.create_task(scene.sampler.run())
+    (process,) = engine._processes
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        await scene.prompts.put(encode_prompt_group(make_prompt()))
+        async with asyncio.timeout(30):
+            while scene.sampler.report().stuck_seconds < 1:
+                await asyncio.sleep(0.05)
+        sentence = scene.sampler.report().sentence
+        assert re.fullmatch(r"samples 1 group, the oldest for \d+ s", sentence)
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+    async with asyncio.timeout(30):
+        while not await scene.results():
+            await asyncio.sleep(0.05)
+    await scene.replica.handle(Event.DRAIN)
+    await running
+    assert scene.sampler.report() == Report("has drained", 0.0)
+
+
 async def test_kill_9_of_the_engine_makes_every_pending_call_raise(engine: VllmEngine) -> None:
+    version = engine.policy_version
+    assert version is not None
     running = [sample(engine, f"k{i}", max_completion_tokens=200) for i in range(8)]
-    await asyncio.sleep(0.02)
+    async with asyncio.timeout(10):
+        while engine.progress("k0", start=0) is None:
+            await asyncio.sleep(0.005)
     (child,) = engine_processes(os.getpid())
     os.kill(child, signal.SIGKILL)
     pending = [*running, engine.leave_group(), engine.adopt_version(1)]
     outcomes = await asyncio.wait_for(asyncio.gather(*pending, return_exceptions=True), 5)
     assert all(isinstance(outcome, EngineError) for outcome in outcomes)
+    last = engine.progress("k0", start=0)
+    assert last is not None and last.version_runs == (VersionRun(version, len(last.token_ids)),)
     await asyncio.wait_for(engine.wait_until_dead(), 5)
     assert not engine.is_alive
     with pytest.raises(EngineError):
@@ -391,8 +500,9 @@ async def test_kill_9_of_the_engine_makes_every_pending_call_raise(engine: VllmE
 
 
 def engine_processes(parent: int) -> list[int]:
-    """Children of `parent` that run an engine."""
+    """Children of `parent` that run an engine: forked, and renamed by vLLM where it can."""
     found = []
+    forked = Path(f"/proc/{parent}/cmdline").read_bytes()
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
@@ -401,7 +511,8 @@ def engine_processes(parent: int) -> list[int]:
             command = (entry / "cmdline").read_bytes()
         except OSError:
             continue
-        if int(fields[1]) == parent and fields[0] != "Z" and b"EngineCore" in command:
+        is_engine = b"EngineCore" in command or command == forked
+        if int(fields[1]) == parent and fields[0] != "Z" and is_engine:
             found.append(int(entry.name))
     return found
 
@@ -435,7 +546,8 @@ async def test_shutdown_ends_running_requests_and_leaves_no_process(model_path: 
 
 FRONT_END = """
     import asyncio, sys
-    from services.rollout.engine import EngineSettings, VllmEngine
+    from services.rollout.engine import VllmEngine
+    from services.rollout.vllm_launch import EngineSettings
 
     async def main():
         engine = await VllmEngine.start(EngineSettings(
@@ -457,7 +569,7 @@ async def test_kill_9_of_the_front_end_leaves_no_engine(model_path: Path) -> Non
     )
     assert front_end.stdout is not None
     try:
-        line = await asyncio.wait_for(asyncio.to_thread(front_end.stdout.readline), 60)
+        line = await asyncio.wait_for(asyncio.to_thread(front_end.stdout.readline), 180)
         assert line == b"started\n"
         (child,) = engine_processes(front_end.pid)
     finally:

@@ -7,8 +7,6 @@ import json
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
-from types import SimpleNamespace
-from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -105,6 +103,7 @@ max_staleness = {self.setting.max_staleness}
             max_degenerate_batches=self.setting.max_degenerate_batches,
         )
         self.inbox, self.feeder = scene.inbox, scene.feeder
+        self.reconciler = scene.make_reconciler()
 
     async def go(self) -> None:
         while self.step < NUM_STEPS:
@@ -128,9 +127,7 @@ max_staleness = {self.setting.max_staleness}
         self.ledger.load_state_dict(json.loads(state))
         self.step = self.ledger.num_trained // self.setting.groups_per_batch
         await self.inbox.recover()
-        rollouts = MemoryStream(name="r", capacity=CAPACITY)
-        streams: Any = SimpleNamespace(prompts=self.prompts, rollouts=rollouts, scored=self.scored)
-        await self.feeder.recover(streams, policy_version=self.step)
+        await self.reconciler.recover(policy_version=self.step)
 
     async def _wait(self, missing: int) -> None:
         await self._observe()

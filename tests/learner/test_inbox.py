@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Sequence
@@ -11,11 +12,13 @@ import pytest
 from services.learner.evaluation import Evaluator
 from services.learner.feeder import Feeder
 from services.learner.inbox import Inbox, group_staleness, is_degenerate
+from services.learner.labels import label_of
 from services.learner.ledger import Ledger
+from services.learner.reconcile import Reconciler
 from shared.codec import decode_prompt_group, encode_scored_group
 from shared.config import parse_run
 from shared.dead_letters import decode_dead_letter
-from shared.memory_stream import MemoryStream
+from shared.memory_stream import MemoryStream, MemoryStreams
 from shared.metrics import LEARNER_DEGENERATE, LEARNER_DROPPED
 from shared.records import GroupUid, Outcome, Purpose, ScoredGroup
 from shared.tasks.task import Problem
@@ -67,10 +70,11 @@ class Scene:
     """An inbox over in-memory streams, with a real ledger, feeder and evaluator."""
 
     prompts: MemoryStream = field(default_factory=lambda: stream("prompts"))
+    rollouts: MemoryStream = field(default_factory=lambda: stream("rollouts"))
     scored: MemoryStream = field(default_factory=lambda: stream("scored"))
     dead: MemoryStream = field(default_factory=lambda: stream("dead_letter"))
     ledger: Ledger = field(default_factory=lambda: Ledger(run_id="run", num_problems=8, seed=1))
-    evaluated: list[dict[str, float]] = field(default_factory=list)
+    evaluated: list[dict[str, Any]] = field(default_factory=list)
     run: str = RUN
     replace_degenerate: bool = False
     max_degenerate_batches: int = 10
@@ -94,6 +98,19 @@ class Scene:
             tokenizer=tokenizer,
         )
         self.inbox = self.make_inbox()
+        self.streams = MemoryStreams(self.prompts, self.rollouts, self.scored, self.dead)
+
+    def make_reconciler(self, *, seconds: float = 0.0) -> Reconciler:
+        return Reconciler(
+            streams=self.streams,
+            ledger=self.ledger,
+            feeder=self.feeder,
+            evaluator=self.evaluator,
+            inbox=self.inbox,
+            on_evaluated=self.evaluated.append,
+            seconds=seconds,
+            max_attempts=2,
+        )
 
     def make_inbox(self) -> Inbox:
         return Inbox(
@@ -111,7 +128,8 @@ class Scene:
 
     async def arrive(self, *groups: ScoredGroup) -> None:
         for group in groups:
-            await self.scored.put(encode_scored_group(group))
+            label = label_of(group.rollout.prompt)
+            await self.scored.put(encode_scored_group(group), label=label)
 
     async def take(self, policy_version: int = 0, count: int = 2) -> list[int]:
         batch = await self.inbox.take_batch(
@@ -181,6 +199,27 @@ async def test_a_group_without_two_verdicts_is_issued_again_and_at_last_given_up
     assert scene.inbox.dropped == {"incomplete_group": 2}
     assert scene.ledger.abandoned == {0}
     assert (await scene.issued())[-1].index == 4  # its place in the batch goes to another prompt
+
+
+async def test_a_failure_that_is_read_again_does_not_count_against_a_later_attempt(
+    scene: Scene,
+) -> None:
+    scene.ledger.reissue(0)
+    await scene.arrive(make_scored(0, outcomes=ERRORS), make_scored(0, attempt=1), make_scored(1))
+    assert await scene.take() == [0, 1]
+    assert scene.ledger.abandoned == set()
+    assert len(await scene.issued()) == 4  # and it is not issued a third time
+
+
+async def test_a_stale_group_that_was_overtaken_by_a_later_attempt_is_not_issued_again(
+    scene: Scene,
+) -> None:
+    scene.ledger.reissue(0)
+    await scene.arrive(make_scored(0), make_scored(0, attempt=1, versions=(3, 3)))
+    with pytest.raises(WaitedError):
+        await scene.take(policy_version=3)
+    assert scene.inbox.dropped == {"stale": 1}
+    assert len(await scene.issued()) == 4
 
 
 async def test_nothing_is_acknowledged_before_a_checkpoint(scene: Scene) -> None:
@@ -253,15 +292,17 @@ async def test_evaluation_groups_are_never_trained_on(scene: Scene) -> None:
     assert await scene.take() == [0, 1]
 
 
-async def test_a_resumed_evaluation_asks_only_for_what_is_missing(scene: Scene) -> None:
+async def test_a_resumed_evaluation_asks_only_for_what_is_nowhere(scene: Scene) -> None:
     await scene.evaluator.issue(5, policy_version=5)
     await scene.arrive(evaluated(1, Outcome.PASS, Outcome.FAIL))
     with pytest.raises(WaitedError):
         await scene.inbox.take_evaluations(while_waiting=give_up)
-    resumed = Scene()
-    resumed.evaluator.load_state_dict(scene.evaluator.state_dict())
-    await resumed.evaluator.reissue_missing()
-    assert [(uid.epoch, uid.index, uid.attempt) for uid in await resumed.issued()] == [(5, 0, 1)]
+    for wiped, expected in ((Scene(), [(5, 0, 1)]), (Scene(prompts=scene.prompts), [])):
+        wiped.evaluator.load_state_dict(json.loads(json.dumps(scene.evaluator.state_dict())))
+        before = len(await wiped.issued())
+        await wiped.make_reconciler().recover(policy_version=5)
+        again = [uid for uid in (await wiped.issued())[before:] if uid.epoch == 5]
+        assert [(uid.epoch, uid.index, uid.attempt) for uid in again] == expected
 
 
 def test_the_staleness_of_a_group_is_that_of_its_worst_token() -> None:

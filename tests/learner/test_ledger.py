@@ -97,6 +97,8 @@ def test_a_restored_ledger_goes_on_where_the_first_one_was() -> None:
     ledger.finish(0)
     ledger.skip(4)
     ledger.reissue(3)
+    ledger.abandon(5)
+    assert (ledger.fail(1), ledger.fail(1)) == (1, 2)
     restored = make_ledger()
     restored.load_state_dict(json.loads(json.dumps(ledger.state_dict())))
     assert restored == ledger

@@ -10,7 +10,8 @@ import pytest
 
 from services.learner.evaluation import LawFit
 from services.learner.journal import Journal
-from services.learner.loop import Learner, Progress, _unanswered
+from services.learner.loop import Learner, _unanswered
+from services.learner.progress import Progress
 from shared.codec import encode_scored_group
 from shared.config import parse_run
 from shared.memory_stream import MemoryStream
@@ -38,7 +39,8 @@ def learner_of(scene: Scene, folder: Path) -> Learner:
     config = parse_run(RUN)
     nobody: Any = None
     engine: Any = SimpleNamespace(save=lambda path: path.mkdir(parents=True))
-    streams: Any = SimpleNamespace(scored=scene.scored)
+    streams: Any = scene.streams
+    progress = Progress()
 
     async def at_once(work: Callable[[], Any]) -> Any:
         return work()
@@ -50,6 +52,7 @@ def learner_of(scene: Scene, folder: Path) -> Learner:
         ledger=scene.ledger,
         feeder=scene.feeder,
         inbox=scene.inbox,
+        reconciler=scene.make_reconciler(),
         evaluator=scene.evaluator,
         law=LawFit(config.law),
         publisher=nobody,
@@ -58,7 +61,7 @@ def learner_of(scene: Scene, folder: Path) -> Learner:
         journal=Journal(folder / "metrics.jsonl"),
         history=Journal(folder / "ledger.jsonl"),
         gauges=LearnerGauges(),
-        progress=Progress(),
+        progress=progress,
     )
 
 

@@ -16,10 +16,13 @@ ALLOWED = {
     (State.STALE, Event.DRAIN): State.DRAINING,
     (State.SERVING, Event.SWAPPED): State.STALE,
     (State.SERVING, Event.REJECTED): State.STALE,
+    (State.STALE, Event.LEFT_BEHIND): State.STALE,
+    (State.SERVING, Event.LEFT_BEHIND): State.STALE,
     (State.SERVING, Event.DRAIN): State.DRAINING,
     (State.DRAINING, Event.SWAPPED): State.DRAINING,
     (State.DRAINING, Event.CONFIRMED): State.DRAINING,
     (State.DRAINING, Event.REJECTED): State.DRAINING,
+    (State.DRAINING, Event.LEFT_BEHIND): State.DRAINING,
     (State.DRAINING, Event.DRAIN): State.DRAINING,
     (State.DRAINING, Event.FINISHED): State.GONE,
 }

@@ -1,62 +1,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
 
 import pytest
 
-from services.rollout.replica import Event, Replica
-from services.rollout.sampler import Sampler
-from shared.codec import decode_rollout_group, encode_prompt_group
+from services.rollout.replica import Event
+from shared.codec import encode_prompt_group
 from shared.dead_letters import decode_dead_letter
-from shared.memory_stream import MemoryStream
-from shared.records import RolloutGroup
 from tests.factories import make_prompt
-from tests.rollout.fake_engine import FakeEngine
-
-
-def stream(name: str) -> MemoryStream:
-    return MemoryStream(name=name, capacity=64)
-
-
-@dataclass
-class Scene:
-    """A sampler with everything around it, and the task that runs it."""
-
-    engine: FakeEngine = field(default_factory=FakeEngine)
-    replica: Replica = field(default_factory=Replica)
-    prompts: MemoryStream = field(default_factory=lambda: stream("prompts"))
-    rollouts: MemoryStream = field(default_factory=lambda: stream("rollouts"))
-    dead: MemoryStream = field(default_factory=lambda: stream("dead_letter"))
-
-    def __post_init__(self) -> None:
-        self.sampler = Sampler(
-            name="rollout-0",
-            engine=self.engine,
-            replica=self.replica,
-            prompts=self.prompts,
-            rollouts=self.rollouts,
-            dead_letter=self.dead,
-            stop_token_ids=(9,),
-            max_concurrent_groups=2,
-            max_attempts=3,
-        )
-
-    async def serve(self, version: int = 0) -> None:
-        self.engine.policy_version = version
-        await self.replica.swapped(version)
-        await self.replica.judged(version, is_confirmed=True)
-
-    async def results(self) -> list[RolloutGroup]:
-        return [decode_rollout_group(payload) for payload in await self.rollouts.peek()]
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Let the loop run until the condition holds."""
-    async with asyncio.timeout(5.0):
-        while not condition():
-            await asyncio.sleep(0.001)
+from tests.rollout.scene import Scene, until
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from shared.config import load_run
 from shared.lease import Member, Registry
 from shared.records import Outcome
 from shared.redis_stream import Streams, open_streams
-from shared.rpc import open_channel
+from shared.rpc import PROGRESS, open_channel
 from shared.stream import Bounds, Depth
 from shared.tasks.countdown import Countdown
 from shared.tokenizer import Tokenizer, save_characters
@@ -32,6 +33,9 @@ from tests.verifier.test_worker import make_group
 from tests.verifier.waiting import SECONDS, is_alive, until
 
 pytestmark = pytest.mark.integration
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 RUN = """
 [run]
@@ -152,6 +156,53 @@ async def test_a_verifier_serves_the_stream_and_callers_and_ends_in_order(
         assert await registry.members("verifier") == []
         assert len(scorers) == 1
         assert not any(is_alive(pid) for pid in scorers)
+
+
+async def test_a_scorer_that_stands_still_is_told_in_status_and_health_until_it_goes_on(
+    verifiers: Verifiers, model: Path
+) -> None:
+    with verifiers.run_file.open("a", encoding="utf8") as file:
+        file.write("[verifier]\ntimeout_seconds = 60.0\n[watchdog]\nstall_seconds = 0.5\n")
+    process = verifiers.start("one")
+    async with opened(verifiers.run_file) as (streams, registry):
+        member = await until_leased(registry, "one")
+        async with open_channel(member.address) as channel:
+            checker: Any = health_pb2_grpc.HealthStub(channel)
+            stub = VerifierStub(channel)
+
+            async def health(name: str) -> Any:
+                request = health_pb2.HealthCheckRequest(service=name)
+                return (await checker.Check(request, timeout=10.0)).status
+
+            async def is_stuck() -> bool:
+                return bool(await health(PROGRESS) == NOT_SERVING)
+
+            async def is_well() -> bool:
+                return not await is_stuck()
+
+            async def activity() -> str:
+                return (await stub.GetStatus(GetVerifierStatusRequest(), timeout=10.0)).activity
+
+            assert re.fullmatch(r"waits for rollouts for \d+ s", await activity())
+            (scorer,) = children(process.pid)
+            os.kill(scorer, signal.SIGSTOP)
+            try:
+                group = make_group(Tokenizer(str(model)))
+                await streams.rollouts.put(encode_rollout_group(group))
+                await until(is_stuck)
+                said = await activity()
+                assert re.fullmatch(r"scores 1 group, the oldest for \d+ s", said)
+                assert [await health(name) for name in ("", SERVICE)] == [SERVING, SERVING]
+            finally:
+                os.kill(scorer, signal.SIGCONT)
+
+            async def is_scored() -> bool:
+                return bool(await streams.scored.peek())
+
+            await until(is_scored)
+            await until(is_well)
+            (scored,) = [decode_scored_group(payload) for payload in await streams.scored.peek()]
+            assert [score.outcome for score in scored.scores] == [Outcome.PASS, Outcome.FAIL]
 
 
 async def test_what_a_killed_verifier_had_claimed_is_scored_by_another(

@@ -14,6 +14,7 @@ from protos import verifier_pb2_grpc as pb_grpc
 from services.verifier.sandbox import ScoringPool
 from services.verifier.service import MAX_WAITING, SERVICE, VerifierServicer
 from services.verifier.worker import Worker
+from shared.activity import Report
 from shared.config.services import TaskConfig, VerifierConfig
 from shared.rpc import open_channel, serve
 
@@ -22,7 +23,11 @@ ANSWER = "3 4 7>19"
 
 @pytest.fixture
 async def stub() -> AsyncIterator[pb_grpc.VerifierAsyncStub]:
-    worker = cast(Worker, SimpleNamespace(groups_scored=3, completions_scored=24))
+    report = Report("scores 2 groups, the oldest for 7 s", 5.0, 5.0)
+    worker = cast(
+        Worker,
+        SimpleNamespace(groups_scored=3, completions_scored=24, report=lambda: report),
+    )
     async with ScoringPool(TaskConfig(), VerifierConfig()) as pool:
         servicer = VerifierServicer(name="verifier-0", pool=pool, worker=worker)
         async with (
@@ -102,6 +107,8 @@ async def test_the_status_counts_what_came_through_the_stream(
     assert (status.replica, status.groups_scored, status.completions_scored) == (
         "verifier-0", 3, 24,
     )  # fmt: skip
+    assert status.activity == "scores 2 groups, the oldest for 7 s"
+    assert (status.progress_age_seconds, status.stuck_seconds) == (5.0, 5.0)
 
 
 async def test_calls_are_answered_side_by_side(stub: pb_grpc.VerifierAsyncStub) -> None:

@@ -1,0 +1,113 @@
+"""A version's way to one replica outside of the broadcast groups: a stream of the learner's copy.
+
+    learner: StagedWeights ──chunks──▶ gRPC server stream ──▶ replica's worker: StagedWeights
+
+What travels are the bytes that a broadcast would have carried, in the same order, with the same
+checksum; so nothing behind the transfer differs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import grpc
+import torch
+
+from protos import learner_pb2 as pb
+from protos import learner_pb2_grpc as pb_grpc
+from shared.broadcast import Received
+from shared.buckets import Bucket, Manifest, StagedWeights, add_checksums, checksum
+from shared.errors import BroadcastError
+
+CHUNK_BYTES = 1 << 20
+"""Of one message: large enough that calls cost little, small enough to leave the learner's event
+loop free in between."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSource:
+    """Where a replica may fetch a version; the fields are those of the message in rollout.proto."""
+
+    address: str
+    ticket: str
+    timeout_seconds: float
+
+
+def weight_chunks(staged: StagedWeights) -> Iterator[bytes]:
+    """The bytes of all buckets, in order."""
+    for bucket in staged.buckets:
+        view = staged.data(bucket).numpy().data
+        for start in range(0, len(view), CHUNK_BYTES):
+            yield bytes(view[start : start + CHUNK_BYTES])
+
+
+def fetch_weights(
+    source: WeightSource,
+    manifest: Manifest,
+    *,
+    bucket_bytes: int,
+    staged: StagedWeights | None = None,
+) -> Received:
+    """Fetch a version from the learner's copy; blocks.
+
+    Args:
+        staged: memory to receive into, of this manifest and bucket size; newly allocated if not
+            given.
+    Raises:
+        BroadcastError: the learner is away or silent, or the stream is not of this manifest.
+    """
+    started = time.monotonic()
+    staged = staged or StagedWeights(manifest, bucket_bytes=bucket_bytes)
+    staged.clear()
+    parts: list[int] = []
+    with grpc.insecure_channel(source.address) as channel:
+        messages = pb_grpc.LearnerStub(channel).FetchWeights(
+            pb.FetchWeightsRequest(ticket=source.ticket), timeout=source.timeout_seconds
+        )
+        chunks = _Bytes(message.data for message in messages)
+        try:
+            for bucket in staged.buckets:
+                data = staged.data(bucket)
+                chunks.fill(data, bucket)
+                parts.append(checksum(data, start=bucket.start))
+                staged.accept(bucket, data, parts[-1])
+            chunks.expect_end()
+        except grpc.RpcError as error:
+            raise BroadcastError(
+                f"fetching weights from {source.address}: {error.code().name}: {error.details()}",
+                status=error.code().name,
+            ) from error
+    return Received(staged.tensors(), add_checksums(parts), time.monotonic() - started)
+
+
+class _Bytes:
+    """A stream of chunks, read in other portions than it came in."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+        self._rest = memoryview(b"")
+
+    def fill(self, data: torch.Tensor, bucket: Bucket) -> None:
+        """Read the bucket's bytes into `data`.
+
+        Raises:
+            BroadcastError: the stream ended before.
+        """
+        view, filled = data.numpy().data, 0
+        while filled < len(view):
+            if not self._rest:
+                chunk = next(self._chunks, b"")
+                if not chunk:
+                    raise BroadcastError(f"the stream ended in the bucket at {bucket.start}")
+                self._rest = memoryview(chunk)
+            count = min(len(self._rest), len(view) - filled)
+            view[filled : filled + count] = self._rest[:count]
+            self._rest = self._rest[count:]
+            filled += count
+
+    def expect_end(self) -> None:
+        """Raises BroadcastError if anything is left."""
+        if self._rest or next(self._chunks, b"") != b"":
+            raise BroadcastError("the stream of weights is longer than its manifest says")

@@ -1,0 +1,173 @@
+"""A learner that is killed and resumed trains to the weights of one that never was, bit by bit.
+
+One CPU rank of real DeepSpeed, Clip-Cov, AEnt and dynamic sampling, a real Redis. What holds: the
+groups lie on `scored` in the order in which they were answered, pending entries are read again in
+that order, so each batch has the groups that it would have had. The producer is one, and answers
+in order; with many, the order is that of one of their possible races.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from services.learner.warmup import warm_up
+from shared.config import parse_run
+from tests.integration.recorded_run import (
+    GROUPS_PER_BATCH,
+    NUM_STEPS,
+    Death,
+    RecordedRun,
+)
+from tests.test_redis_stream import Server
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+
+SIGKILL = -9
+
+WARMUP = """
+[run]
+name = "warmup"
+num_steps = 1
+[model]
+max_length = 32
+[warmup]
+num_steps = 1
+batch_size = 4
+hidden_size = 32
+num_layers = 1
+num_heads = 1
+intermediate_size = 32
+[task]
+name = "countdown"
+params = { numbers = 2 }
+[rollout]
+max_completion_tokens = 16
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("warmup") / "model"
+    warm_up(parse_run(WARMUP), folder, report=lambda progress: None)
+    return folder
+
+
+async def test_a_run_killed_three_times_ends_in_the_weights_of_one_that_was_not(
+    model: Path, redis_url: str, tmp_path: Path
+) -> None:
+    whole = RecordedRun(tmp_path / "whole", model, redis_url)
+    whole.prepare()
+    async with whole.produced():
+        await whole.until_ended(whole.start(), exit_code=0)
+
+    run = RecordedRun(tmp_path / "killed", model, redis_url)
+    run.prepare()
+    async with run.produced():
+        process = run.start()
+        await run.until(lambda: len(run.steps) >= 2, process)
+        process.kill()  # between steps, or in one: wherever it is
+        await run.until_ended(process, exit_code=SIGKILL)
+
+        amid = Death(opens=".step-000003.tmp/state.json")
+        await run.until_ended(run.start(resume=True, death=amid), exit_code=SIGKILL)
+        assert run.checkpoints == []
+
+        unacknowledged = Death(opens="checkpoints", after_renaming_to="step-000006")
+        await run.until_ended(run.start(resume=True, death=unacknowledged), exit_code=SIGKILL)
+        assert run.checkpoints == ["step-000003", "step-000006"]
+        async with run.streams() as streams:
+            assert (await streams.scored.depth()).pending >= 3 * GROUPS_PER_BATCH
+
+        await run.until_ended(run.start(resume=True), exit_code=0)
+
+    assert run.trained == whole.trained
+    assert run.measured == whole.measured
+    assert run.weights == whole.weights
+    assert run.weights
+    assert len(run.measured) == NUM_STEPS
+    first = run.measured[0]
+    assert {"loss", "entropy", "entropy_coefficient", "selected_tokens"} <= set(first)
+    assert any(row["selected_tokens"] for row in run.measured)
+    assert len({row["entropy_coefficient"] for row in run.measured}) > 1
+    assert sum(row["groups_replaced"] for row in run.measured) > 0
+    assert run.audit().is_right, run.audit()
+
+
+async def test_a_run_whose_redis_was_wiped_while_it_was_dead_trains_each_place_once(
+    model: Path, redis_url: str, tmp_path: Path
+) -> None:
+    run = RecordedRun(tmp_path / "wiped", model, redis_url)
+    run.prepare()
+    async with run.produced():
+        death = Death(opens="checkpoints", after_renaming_to="step-000003")
+        await run.until_ended(run.start(death=death), exit_code=SIGKILL)
+        async with run.streams() as streams:
+            keys = [key async for key in streams.client.scan_iter(match=f"*{{{run.run_id}}}*")]
+            await streams.client.delete(*keys)
+        await run.until_ended(run.start(resume=True), exit_code=0)
+    found = run.audit()
+    assert found.is_right, found
+    assert found.ended["trained"] == NUM_STEPS * GROUPS_PER_BATCH
+    assert found.reissued > 0
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    made = Server(tmp_path / "redis")
+    yield made
+    made.end()
+
+
+async def test_a_run_waits_for_a_redis_that_is_away_and_goes_on_with_one_that_forgot(
+    model: Path, server: Server, tmp_path: Path
+) -> None:
+    """Longer than the learner's client repeats a call, each time; the second time it is empty."""
+    await server.start()
+    run = RecordedRun(tmp_path / "away", model, server.url)
+    run.prepare()
+    async with run.produced() as gate:
+        process = run.start()
+        gate.clear()  # the learner waits for groups when the server dies
+        address = await run.until_known(process)
+        for forgets in (False, True):
+            server.kill()
+            await run.until_says(address, "Redis", process)
+            if forgets:
+                server.forget()
+            await server.start()
+            gate.set()
+            num_steps = len(run.steps)
+            await run.until(lambda: len(run.steps) >= num_steps + 2, process)  # noqa: B023
+            gate.clear()
+        gate.set()
+        await run.until_ended(process, exit_code=0)
+    found = run.audit()
+    assert found.is_right, found
+    assert found.ended["trained"] == NUM_STEPS * GROUPS_PER_BATCH
+    assert found.reissued > 0
+    assert "groups that are out are in no stream, and are issued again" in run.log
+
+
+async def test_a_learner_that_is_told_to_stop_while_redis_is_away_stops_with_a_checkpoint(
+    model: Path, server: Server, tmp_path: Path
+) -> None:
+    await server.start()
+    run = RecordedRun(tmp_path / "stopped", model, server.url)
+    run.prepare()
+    async with run.produced() as gate:
+        process = run.start()
+        await run.until(lambda: len(run.steps) >= 1, process)
+        gate.clear()
+        address = await run.until_known(process)
+        server.kill()
+        await run.until_says(address, "Redis", process)
+        process.terminate()
+        await run.until_ended(process, exit_code=0)
+        assert int(run.checkpoints[-1].split("-")[1]) == len(run.steps) == len(run.ledger)
+        await server.start()
+        gate.set()
+        await run.until_ended(run.start(resume=True), exit_code=0)
+    assert run.audit().is_right, run.audit()
