@@ -90,11 +90,15 @@ class _Background:
         self.result: Any = None
         self.error: Exception | None = None
         self._call = call
+        # The current device is a thread's own: without it every worker would receive on the first.
+        self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
+            if self._device is not None:
+                torch.cuda.set_device(self._device)
             self.result = self._call()
         except Exception as error:  # handed to whoever asks; a thread has nobody to raise to
             self.error = error
