@@ -2,18 +2,19 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
+OPS := .venv-ops
 PROTOS := $(wildcard protos/*.proto)
 SERVICE_PROTOS := $(shell grep -l '^service ' $(PROTOS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench bench-entropy bench-methods bench-publish bench-wire chaos lint proto check-proto
+.PHONY: help setup demo test bench bench-entropy bench-head bench-methods bench-publish bench-scale bench-wire chaos lint proto check-proto images manifests alerts dashboard monitor
 
 help: ## Show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.ready ## Make the virtual environment in .venv
 
-$(VENV)/.ready: deploy/setup.sh $(wildcard deploy/requirements/*.txt) pyproject.toml
+$(VENV)/.ready: deploy/setup.sh $(addprefix deploy/requirements/,cpu.txt gpu.txt dev.txt) pyproject.toml
 	deploy/setup.sh $(VENV)
 
 demo: setup ## Train the built-in model: warm-up, then RL with two replicas, with a report
@@ -24,16 +25,22 @@ test: setup ## Unit tests, then short runs with real parts, and with parts kille
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not integration and not end_to_end"
 	$(BIN)/python -m pytest -m "integration or end_to_end"
 
-bench: bench-methods bench-publish bench-wire ## Every benchmark but the study; its results are in tests/bench/results
+bench: bench-head bench-methods bench-publish bench-wire ## Every benchmark but the study and the fleet; its results are in tests/bench/results
 
 bench-entropy: setup ## The entropy study: 10 arms x 5 seeds, 1 to 2 h on two cores; goes on where it stopped
 	$(BIN)/python -m tests.bench.entropy_study
+
+bench-head: setup ## The output embedding and its entropies beside plain products, TRL, Liger and verl
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.fused_head
 
 bench-methods: setup ## What each method adds to a learner step
 	$(BIN)/python -m tests.bench.method_cost --rounds small=4 large=2
 
 bench-publish: setup ## Weights to a replica beside a plain broadcast, and how long a replica pauses
 	$(BIN)/python -m tests.bench.publish
+
+bench-scale: setup ## Up to 200 simulated replicas against one Redis and one control plane; about ten minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.scale
 
 bench-wire: setup ## Bytes a token on the streams, and how fast they are written and read
 	$(BIN)/python -m tests.bench.wire
@@ -53,3 +60,32 @@ proto: setup ## Regenerate the Python of protos/*.proto
 
 check-proto: proto ## Fail if the committed Python is not what protos/ says
 	git diff --exit-code -- protos
+
+images: ## Build the verifier's and the CPU engine's image, on a Debian of its own making; needs root
+	deploy/images/build.sh
+
+manifests: setup $(OPS)/.ready ## Everything that can be known of the Kubernetes manifests without a cluster
+	$(OPS)/bin/hadolint deploy/images/*.Dockerfile
+	$(BIN)/python -m tests.kubernetes.check_manifests $(OPS)/bin
+
+$(OPS)/.ready: deploy/requirements/ops.txt
+	$${PYTHON:-python3.11} -m venv $(OPS)
+	$(OPS)/bin/python -m pip install --quiet --no-deps -r deploy/requirements/ops.txt
+	touch $@
+
+alerts: PROMTOOL ?= promtool
+alerts: setup $(OPS)/.ready ## Rules and dashboards: their tests, and whether Prometheus accepts every query
+	@command -v $(PROMTOOL) >/dev/null || { echo "error: PROMTOOL = $(PROMTOOL): not found; on Debian: apt-get install prometheus, or set PROMTOOL to the binary" >&2; exit 1; }
+	cd deploy/prometheus && $(PROMTOOL) check rules rules.yml && $(PROMTOOL) check config --syntax-only prometheus.yml
+	cd deploy/prometheus && $(PROMTOOL) test rules rules_test.yml
+	mkdir -p build && $(BIN)/python -m tests.observability.dashboard_rules > build/dashboard-rules.yml
+	$(PROMTOOL) check rules --lint=none build/dashboard-rules.yml
+	$(BIN)/python -m pytest tests/observability
+
+dashboard: $(OPS)/.ready ## Regenerate deploy/grafana/isentrope.json
+	$(OPS)/bin/python deploy/grafana/build.py
+
+monitor: PORT ?= 9090
+monitor: setup ## A real Prometheus with our rules beside a run on this machine: make monitor RUN=runs/ID
+	@test -n "$(RUN)" || { echo "error: RUN is not set; give the folder of a run that runs: make monitor RUN=runs/ID" >&2; exit 1; }
+	$(BIN)/python deploy/prometheus/monitor.py $(RUN) --port $(PORT)

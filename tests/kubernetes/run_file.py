@@ -1,0 +1,139 @@
+"""What the run file says and what the manifests give agree; names are those of the code."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Sequence
+
+from services.cli.check import describe
+from shared.config import Environment, RunConfig, parse_run
+from shared.errors import ConfigError
+from shared.redis_stream import key_prefix
+from shared.stream import ROLLOUTS
+from tests.kubernetes.manifests import Manifest, Pod, arguments, of_kind, option, pods, quantity
+from tests.kubernetes.workloads import GPU, SERVICES
+
+RUN_FILE = "run.toml"
+_FRAGMENTATION = 1.3
+_PLATFORM = {"HOME", "OMP_NUM_THREADS", "PYTHONUNBUFFERED", "POD_NAME", "REDIS_PASSWORD"}
+"""Variables that are not for our code."""
+
+
+def problems(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """One line for each disagreement."""
+    found = [
+        manifest["data"][RUN_FILE]
+        for manifest in of_kind(manifests, "ConfigMap")
+        if RUN_FILE in manifest.get("data", {})
+    ]
+    if len(found) != 1:
+        yield f"{len(found)} ConfigMaps hold a {RUN_FILE}; there must be one"
+        return
+    try:
+        config = parse_run(found[0])
+        describe(config)
+    except ConfigError as error:
+        yield f"{RUN_FILE}: {error}"
+        return
+    yield from _gpus(config, manifests)
+    yield from _redis(config, manifests)
+    yield from _scaling(config, manifests)
+    for pod in pods(manifests):
+        if pod.name in SERVICES:
+            yield from _command(pod)
+
+
+def _gpus(config: RunConfig, manifests: Sequence[Manifest]) -> Iterator[str]:
+    num_ranks = 0
+    for pod in pods(manifests):
+        if pod.name not in ("learner", "rollout"):
+            continue
+        limits = pod.containers[0]["resources"]["limits"]
+        num_gpus = int(quantity(limits.get(GPU, 0)))
+        if pod.name == "rollout" and num_gpus not in (0, config.rollout.tensor_parallel_size):
+            yield (
+                f"{pod.owner}: {num_gpus} GPUs, and rollout.tensor_parallel_size ="
+                f" {config.rollout.tensor_parallel_size}"
+            )
+        if pod.name == "learner":
+            ranks = int(option(arguments(pod.containers[0]), "nproc-per-node") or 1)
+            num_ranks += ranks * _num_pods(pod, manifests)
+            if num_gpus not in (0, ranks):
+                yield f"{pod.owner}: {ranks} ranks on {num_gpus} GPUs"
+    if num_ranks != config.learner.num_ranks:
+        yield f"learner: {num_ranks} ranks, and learner.num_ranks = {config.learner.num_ranks}"
+
+
+def _num_pods(pod: Pod, manifests: Sequence[Manifest]) -> int:
+    """Of this template: a group has one leader, and its other pods are workers."""
+    for group in of_kind(manifests, "LeaderWorkerSet"):
+        size = int(group["spec"]["leaderWorkerTemplate"]["size"])
+        is_leader = any(port["name"] == "grpc" for port in pod.containers[0]["ports"])
+        return 1 if is_leader else size - 1
+    return 1
+
+
+def _redis(config: RunConfig, manifests: Sequence[Manifest]) -> Iterator[str]:
+    for manifest in of_kind(manifests, "ConfigMap"):
+        text = manifest.get("data", {}).get("redis.conf")
+        if text is None:
+            continue
+        lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+        settings = dict(line.split(maxsplit=1) for line in lines)
+        if settings.get("maxmemory-policy") != "noeviction":
+            yield "redis.conf: maxmemory-policy is not noeviction, and a full server loses streams"
+        if settings.get("appendonly") != "yes":
+            yield "redis.conf: appendonly is not yes, and a restart loses streams"
+        if "aclfile" not in settings:
+            yield "redis.conf: no aclfile, and anybody may log in"
+        given = int(settings.get("maxmemory", "0mb").removesuffix("mb"))
+        redis = config.redis
+        needed = _FRAGMENTATION * (3 * redis.max_groups_mib + redis.max_prompts_mib)
+        if given < needed:
+            yield f"redis.conf: maxmemory {given}mb, and full streams take {needed:.0f}"
+        for pod in pods(manifests):
+            limit = pod.containers[0]["resources"]["limits"].get("memory", 0)
+            if pod.name == "redis" and quantity(limit) < 1.5 * given * 2**20:
+                yield "redis: the memory limit is below 1.5 times maxmemory: no room to fork"
+
+
+def _scaling(config: RunConfig, manifests: Sequence[Manifest]) -> Iterator[str]:
+    """A wrong key is an empty stream to KEDA, which would scale to the least and say nothing."""
+    for manifest in of_kind(manifests, "ScaledObject"):
+        for trigger in manifest["spec"]["triggers"]:
+            if trigger["type"] != "redis-streams":
+                continue
+            asked, wanted = trigger["metadata"], key_prefix(config.run.name) + ROLLOUTS
+            if asked.get("stream") != wanted:
+                yield f"ScaledObject: stream {asked.get('stream')!r}, and the run's is {wanted!r}"
+            if "consumerGroup" in asked or "streamLength" not in asked:
+                yield "ScaledObject: only streamLength counts what waits and what is in work"
+            elif int(asked["streamLength"]) > config.verifier.max_concurrent_groups:
+                yield "ScaledObject: streamLength is above verifier.max_concurrent_groups"
+
+
+def _command(pod: Pod) -> Iterator[str]:
+    """The service's own module, with arguments and variables that it reads."""
+    container = pod.containers[0]
+    words = arguments(container)
+    if f"services.{pod.name}" not in words:
+        yield f"{pod.owner}: does not start services.{pod.name}"
+    known = set(re.findall(r'"([A-Z_]+)"', inspect.getsource(Environment.read)))
+    given = {variable["name"] for variable in container["env"]}
+    for name in sorted(given - known - _PLATFORM):
+        if not name.startswith(("NCCL_", "GLOO_")):
+            yield f"{pod.owner}: {name} is read by nobody"
+    for name in ("REDIS_URL", "ISENTROPE_HOST", "ISENTROPE_BIND"):
+        if name not in given:
+            yield f"{pod.owner}: {name} is not set"
+    yield from _ports(container, pod)
+
+
+def _ports(container: Manifest, pod: Pod) -> Iterator[str]:
+    variables = {each["name"]: each.get("value") for each in container["env"]}
+    ports = {each["name"]: str(each["containerPort"]) for each in container["ports"]}
+    for name, variable in (("grpc", "ISENTROPE_PORT"), ("metrics", "ISENTROPE_METRICS_PORT")):
+        given = variables.get(variable)
+        if name in ports and given != ports[name]:
+            yield f"{pod.owner}: {variable} = {given}, port {name} is {ports[name]}"

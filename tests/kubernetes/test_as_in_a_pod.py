@@ -1,0 +1,162 @@
+"""The verifier, started by the words and variables of its manifest, at a Redis as the base sets it.
+
+What a cluster adds is stood in for: the pod's address is 127.0.0.1, the ports are free ones, and
+the folders are temporary.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from services.cli.launch import free_port
+from shared.redis_connection import connect
+from shared.redis_server import prepare_redis, until_redis_answers
+from shared.tasks.countdown import Countdown
+from shared.tokenizer import save_characters
+from tests.kubernetes.kustomize import KUBERNETES
+from tests.kubernetes.manifests import Manifest, arguments, of_kind, parse
+
+BASE = KUBERNETES / "base"
+PASSWORD = secrets.token_hex(16)
+START_SECONDS = 120.0
+
+pytestmark = pytest.mark.integration
+
+# A refused connection is tried again soon, as a probe does.
+_OPTIONS = [("grpc.min_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 500)]
+
+
+@pytest.fixture(scope="module")
+def redis_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """A server with the base's own configuration and the users that deploy/README.md makes."""
+    folder = tmp_path_factory.mktemp("redis")
+    hashed = hashlib.sha256(PASSWORD.encode()).hexdigest()
+    (folder / "users.acl").write_text(f"user default on #{hashed} ~* &* +@all\n", "utf8")
+    port = free_port()
+    text = (BASE / "redis.conf").read_text("utf8")
+    text = text.replace("port 6379", f"port {port}").replace("dir /data", f"dir {folder}")
+    text = text.replace("/etc/redis-auth/users.acl", str(folder / "users.acl"))
+    (folder / "redis.conf").write_text(text, "utf8")
+    bundled = prepare_redis(folder / "unused")
+    server = subprocess.Popen([bundled.command[0], str(folder / "redis.conf")])
+    try:
+        url = f"redis://:{PASSWORD}@127.0.0.1:{port}"
+        asyncio.run(until_redis_answers(url, timeout_seconds=START_SECONDS))
+        yield port
+    finally:
+        server.terminate()
+        server.wait(20)
+        bundled.remove_socket_folder()
+
+
+async def test_nobody_gets_in_without_the_password(redis_port: int) -> None:
+    client = connect(f"redis://127.0.0.1:{redis_port}", retries=0)
+    with pytest.raises(Exception, match="Authentication required"):
+        await client.ping()
+    await client.aclose()
+
+
+def container() -> Manifest:
+    manifests = parse((BASE / "verifier.yaml").read_text("utf8"))
+    [deployment] = of_kind(manifests, "Deployment")
+    found: Manifest = deployment["spec"]["template"]["spec"]["containers"][0]
+    return found
+
+
+def expand(text: str, variables: dict[str, str]) -> str:
+    """`$(NAME)` as the kubelet replaces it."""
+    return re.sub(r"\$\((\w+)\)", lambda found: variables[found[1]], text)
+
+
+def environment(given: Manifest, redis_port: int, ports: dict[str, int]) -> dict[str, str]:
+    """What the kubelet would set."""
+    known = {
+        "POD_NAME": "verifier-7d4b9-x2x8z",
+        "ISENTROPE_HOST": "127.0.0.1",
+        "REDIS_PASSWORD": PASSWORD,
+        "ISENTROPE_PORT": str(ports["grpc"]),
+        "ISENTROPE_METRICS_PORT": str(ports["metrics"]),
+    }
+    variables: dict[str, str] = {}
+    for each in given["env"]:
+        name = each["name"]
+        variables[name] = known[name] if name in known else expand(each["value"], variables)
+    variables["REDIS_URL"] = variables["REDIS_URL"].replace("redis:6379", f"127.0.0.1:{redis_port}")
+    return variables
+
+
+def write_run(folder: Path) -> Path:
+    """A run file whose model is a tokenizer, which is all that a verifier needs of one."""
+    task = Countdown()
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text('{"model_type": "qwen2"}', "utf8")
+    save_characters(task.alphabet, end=task.end, folder=folder / "model")
+    run = folder / "run.toml"
+    run.write_text(
+        f'[run]\nname = "pod"\nnum_steps = 1\n[model]\npath = "{folder / "model"}"\n'
+        "max_length = 64\n[rollout]\nmax_completion_tokens = 32\n",
+        "utf8",
+    )
+    return run
+
+
+async def health(port: int, service: str) -> str:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=_OPTIONS) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service=service)
+        answer = await stub.Check(request, timeout=START_SECONDS, wait_for_ready=True)
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+
+
+async def test_a_pod_becomes_ready_is_scraped_and_ends(redis_port: int, tmp_path: Path) -> None:
+    given, run = container(), write_run(tmp_path)
+    ports = {"grpc": free_port(), "metrics": free_port()}
+    variables = environment(given, redis_port, ports)
+    words = [expand(word, variables) for word in arguments(given)]
+    words = [word.replace("/etc/isentrope/run.toml", str(run)) for word in words]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, *words[1:]],
+            env={**os.environ, **variables},
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
+            asked = given[kind]["grpc"]["service"]
+            assert await health(ports["grpc"], asked) == "SERVING", kind
+        url = f"http://127.0.0.1:{ports['metrics']}/metrics"
+        with urllib.request.urlopen(url, timeout=START_SECONDS) as reply:
+            assert b'isentrope_run_info{algorithm="vanilla"' in reply.read()
+        client = connect(variables["REDIS_URL"])
+        lease = await client.get("isentrope:{pod}:lease:verifier:verifier-7d4b9-x2x8z")
+        await client.aclose()
+        assert f"127.0.0.1:{ports['grpc']}".encode() in lease
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(START_SECONDS) == 0
+    finally:
+        process.kill()
+        process.wait()
+        print((tmp_path / "log").read_text("utf8"))
+
+
+def test_the_readme_s_secret_is_the_one_that_is_used_here() -> None:
+    text = (KUBERNETES.parent / "README.md").read_text("utf8")
+    assert "user default on #" in text
+    assert "~* &* +@all" in text
+    assert "create secret generic redis-auth" in text

@@ -1,0 +1,45 @@
+"""The overlays as they stand; `make manifests` asks more of them, with tools of its own."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import pytest
+
+from tests.kubernetes.check_manifests import problems
+from tests.kubernetes.kustomize import (
+    COMBINATIONS,
+    COMPONENTS,
+    KUBERNETES,
+    OVERLAYS,
+    build,
+    has_kubectl,
+)
+from tests.kubernetes.manifests import of_kind, parse, pods
+
+needs_kubectl = pytest.mark.skipif(not has_kubectl(), reason="kubectl builds the overlays")
+
+
+def test_every_component_is_checked_over_some_overlay() -> None:
+    text = (KUBERNETES / "overlays" / "multi-node" / "kustomization.yaml").read_text("utf8")
+    used = {name for name in COMPONENTS if f"components/{name}\n" in text}
+    over = set(chain.from_iterable(chain.from_iterable(COMBINATIONS.values())))
+    assert set(COMPONENTS) - used - over == set()
+    assert set(COMBINATIONS) == set(OVERLAYS)
+
+
+@needs_kubectl
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_nothing_is_wrong_with_an_overlay(overlay: str) -> None:
+    assert problems(parse(build(KUBERNETES / "overlays" / overlay))) == []
+
+
+@needs_kubectl
+def test_the_demo_s_pods_use_one_run_file_and_it_is_the_laptop_s() -> None:
+    manifests = parse(build(KUBERNETES / "overlays" / "cpu-demo"))
+    [run] = [each for each in of_kind(manifests, "ConfigMap") if "run.toml" in each["data"]]
+    laptop = KUBERNETES.parent / "config" / "demo.toml"
+    assert run["data"]["run.toml"] == laptop.read_text("utf8")
+    services = [pod for pod in pods(manifests) if pod.name != "redis"]
+    mounted = {pod.volumes["run"]["configMap"]["name"] for pod in services}
+    assert mounted == {run["metadata"]["name"]}
