@@ -9,9 +9,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from shared.rl.fused_head import head_statistics
+from shared.rl.head_product import HeadOptions
 from shared.rl.shapes import check_same_shape
+from shared.rl.smallest import exact_cut
 
 
 class TokenStatistics(NamedTuple):
@@ -54,7 +56,9 @@ def clamped_entropy(logits: Tensor, *, clamp_p: float) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: clamp_p is out of range, or keeps fewer than two tokens.
     """
-    removed = _smallest(logits.detach(), _num_removed(logits.shape[-1], clamp_p))
+    num_removed = _num_removed(logits.shape[-1], clamp_p)
+    rows = logits.detach().reshape(-1, logits.shape[-1])
+    removed = exact_cut(rows, num_removed).removed(rows).view_as(logits)
     wide = _at_least_float32(logits)
     with torch.no_grad():
         tail = wide.masked_fill(~removed, -torch.inf).logsumexp(-1)
@@ -71,14 +75,15 @@ def fused_logprob_entropy(
     clamp_p: float | None = None,
     chunk: int,
     with_mean_pull: bool = False,
+    product_dtype: torch.dtype | None = None,
 ) -> TokenStatistics:
     """Log-probability of the targets and entropies, without ever holding the [T, V] logits.
 
         z = hidden head_weight^T / temperature,    logprob = z_target - logsumexp(z)
 
-    Logits exist for `chunk` tokens at a time and are computed again in the backward pass, so the
-    peak is chunk * V. The product has the dtype of hidden; everything after it is float32 or
-    wider.
+    Logits exist for `chunk` tokens at a time: chunk * V of them from the forward pass to the end
+    of the backward pass, which computes the others again. Log-prob, entropy and clamped entropy
+    have gradients, to hidden and to head_weight, but no second ones.
 
     Args:
         hidden: [T, D]. head_weight: [V, D], same dtype. targets: [T] int64 in [0, V), also
@@ -86,7 +91,9 @@ def fused_logprob_entropy(
         temperature: > 0, that of the sampler.
         clamp_p: as in clamped_entropy; None leaves the clamped entropy out.
         chunk: tokens at a time, >= 1; changes memory, not results.
-        with_mean_pull: a pass over the logits more, for the diagnostics of a step.
+        with_mean_pull: for the diagnostics of a step.
+        product_dtype: of the products with head_weight, that of hidden if None; everything after
+            them is float32 or wider.
     Raises:
         ValueError: the shapes disagree, or a number is out of range.
     """
@@ -101,15 +108,16 @@ def fused_logprob_entropy(
         raise ValueError(f"temperature must be above 0, got {temperature}")
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
-    if clamp_p is not None:
-        _num_removed(head_weight.shape[0], clamp_p)
-    parts = [
-        _statistics_recomputed(part, head_weight, target, temperature, clamp_p, with_mean_pull)
-        for part, target in zip(
-            torch.split(hidden, chunk), torch.split(targets, chunk), strict=True
-        )
-    ]
-    logprob, entropy, clamped, removed_mass, mean_pull = map(torch.cat, zip(*parts, strict=True))
+    options = HeadOptions(
+        temperature=temperature,
+        num_removed=None if clamp_p is None else _num_removed(head_weight.shape[0], clamp_p),
+        chunk=chunk,
+        with_mean_pull=with_mean_pull,
+        product=product_dtype or hidden.dtype,
+    )
+    logprob, entropy, clamped, removed_mass, mean_pull = head_statistics(
+        hidden, head_weight, targets, options
+    )
     return TokenStatistics(
         logprob,
         entropy,
@@ -203,45 +211,6 @@ def entropy_influence(
     return -advantages.detach() * (pull - mean_pull.detach())
 
 
-def _statistics_recomputed(
-    hidden: Tensor,
-    head_weight: Tensor,
-    targets: Tensor,
-    temperature: float,
-    clamp_p: float | None,
-    with_mean_pull: bool,
-) -> tuple[Tensor, ...]:
-    arguments = (hidden, head_weight, targets, temperature, clamp_p, with_mean_pull)
-    if not torch.is_grad_enabled():
-        return _statistics(*arguments)
-    # Nothing in here draws random numbers, so their state need not be kept.
-    result: tuple[Tensor, ...] = checkpoint(
-        _statistics, *arguments, use_reentrant=False, preserve_rng_state=False
-    )
-    return result
-
-
-def _statistics(
-    hidden: Tensor,
-    head_weight: Tensor,
-    targets: Tensor,
-    temperature: float,
-    clamp_p: float | None,
-    with_mean_pull: bool,
-) -> tuple[Tensor, ...]:
-    """The fields of TokenStatistics; those that were not asked for are empty."""
-    logits = _at_least_float32(hidden @ head_weight.T) / temperature
-    log_probs = _log_softmax(logits)
-    logprob = log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    entropy = _entropy(log_probs)
-    clamped = removed_mass = mean_pull = logprob.new_empty(0)
-    if clamp_p is not None:
-        clamped, removed_mass = clamped_entropy(logits, clamp_p=clamp_p)
-    if with_mean_pull:
-        mean_pull = _mean_pull(log_probs, entropy)
-    return logprob, entropy, clamped, removed_mass, mean_pull
-
-
 def _num_removed(vocabulary: int, clamp_p: float) -> int:
     if not 0 <= clamp_p < 1:
         raise ValueError(f"clamp_p is a share of the vocabulary, in [0, 1), got {clamp_p}")
@@ -252,17 +221,6 @@ def _num_removed(vocabulary: int, clamp_p: float) -> int:
             "an entropy needs two"
         )
     return num_removed
-
-
-def _smallest(logits: Tensor, count: int) -> Tensor:
-    """Exactly `count` True in each row, at the smallest logits, of equals the first."""
-    if count == 0:
-        return torch.zeros_like(logits, dtype=torch.bool)
-    threshold = logits.kthvalue(count, dim=-1, keepdim=True).values
-    below = logits < threshold
-    tied = logits == threshold
-    num_missing = count - below.sum(-1, keepdim=True)
-    return below | (tied & (tied.cumsum(-1) <= num_missing))
 
 
 def _policy_covariance(log_probs: Tensor, values: Tensor) -> Tensor:
