@@ -20,7 +20,7 @@ from shared.dead_letters import DeadLetter, decode_dead_letter, put_back
 from shared.errors import ConfigError, StreamError
 from shared.records import PromptGroup
 from shared.redis_stream import Streams, open_streams
-from shared.stream import PROMPTS, ROLLOUTS, SCORED, Bounds, Entry
+from shared.stream import PROMPTS, ROLLOUTS, SCORED, Entry
 
 ALL = "all"
 
@@ -126,8 +126,8 @@ async def _opened(folder: RunFolder) -> AsyncIterator[Streams]:
     async with open_streams(
         redis_url_of(folder),
         run_id=folder.run_id,
-        prompts=Bounds(redis.max_prompts, redis.max_prompts_bytes),
-        groups=Bounds(redis.max_groups, redis.max_groups_bytes),
+        prompts=redis.prompt_bounds,
+        groups=redis.group_bounds,
         timeout_seconds=_ANSWER_SECONDS,
     ) as streams:
         yield streams

@@ -40,7 +40,6 @@ from shared.process import ServiceArguments
 from shared.redis_connection import Patience, check_server
 from shared.redis_stream import Streams, open_streams
 from shared.rpc import serve
-from shared.stream import Bounds
 from shared.tasks.registry import load_task
 from shared.tasks.task import Problem
 from shared.tokenizer import Tokenizer
@@ -90,8 +89,8 @@ async def _lead(
     async with open_streams(
         given.redis_url,
         run_id=given.run_id,
-        prompts=Bounds(redis.max_prompts, redis.max_prompts_bytes),
-        groups=Bounds(redis.max_groups, redis.max_groups_bytes),
+        prompts=redis.prompt_bounds,
+        groups=redis.group_bounds,
         timeout_seconds=network.call_timeout_seconds,
         patience=Patience(given.redis_url, seconds=redis.outage_seconds, told=outage.told),
         retries=RETRIES,

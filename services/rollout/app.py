@@ -28,7 +28,7 @@ from shared.redis_partials import RedisPartials
 from shared.redis_stream import Streams, open_streams
 from shared.rpc import serve
 from shared.stage import adopt_orphans
-from shared.stream import PROMPTS, Bounds
+from shared.stream import PROMPTS
 from shared.tokenizer import Tokenizer
 from shared.watchdog import watched
 
@@ -80,8 +80,8 @@ async def serve_engine(
     async with open_streams(
         given.redis_url,
         run_id=given.run_id,
-        prompts=Bounds(redis.max_prompts, redis.max_prompts_bytes),
-        groups=Bounds(redis.max_groups, redis.max_groups_bytes),
+        prompts=redis.prompt_bounds,
+        groups=redis.group_bounds,
         timeout_seconds=config.network.call_timeout_seconds,
     ) as streams:
         await run_replica(

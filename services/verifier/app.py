@@ -17,7 +17,6 @@ from shared.redis_connection import check_server
 from shared.redis_stream import Streams, open_streams
 from shared.rpc import serve
 from shared.stage import adopt_orphans
-from shared.stream import Bounds
 from shared.tasks.registry import load_task
 from shared.tokenizer import Tokenizer
 from shared.watchdog import watched
@@ -36,8 +35,8 @@ async def serve_verifier(given: ServiceArguments, stop: asyncio.Event) -> None:
         open_streams(
             given.redis_url,
             run_id=given.run_id,
-            prompts=Bounds(redis.max_prompts, redis.max_prompts_bytes),
-            groups=Bounds(redis.max_groups, redis.max_groups_bytes),
+            prompts=redis.prompt_bounds,
+            groups=redis.group_bounds,
             timeout_seconds=config.network.call_timeout_seconds,
         ) as streams,
     ):

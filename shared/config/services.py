@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from shared.config.section import Count, Index, Port, Seconds, Section
+from shared.stream import Bounds
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -73,14 +74,14 @@ class RedisConfig(Section):
     hold, and issues again what they lost."""
 
     @property
-    def max_prompts_bytes(self) -> int:
-        """`max_prompts_mib` in bytes."""
-        return self.max_prompts_mib << 20
+    def prompt_bounds(self) -> Bounds:
+        """Of the stream `prompts`."""
+        return Bounds(self.max_prompts, self.max_prompts_mib << 20)
 
     @property
-    def max_groups_bytes(self) -> int:
-        """`max_groups_mib` in bytes."""
-        return self.max_groups_mib << 20
+    def group_bounds(self) -> Bounds:
+        """Of each of the other streams."""
+        return Bounds(self.max_groups, self.max_groups_mib << 20)
 
 
 class ModelConfig(Section):

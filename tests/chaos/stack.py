@@ -30,7 +30,6 @@ from services.cli.supervisor import Child, Supervisor, status_in_words
 from shared.config import RunConfig, load_run
 from shared.redis_server import prepare_redis, until_redis_answers
 from shared.redis_stream import Streams, open_streams
-from shared.stream import Bounds
 from tests.chaos.links import Links
 from tests.chaos.steps import Steps
 
@@ -248,8 +247,8 @@ class Stack:
             open_streams(
                 url,
                 run_id=self._folder.run_id,
-                prompts=Bounds(config.redis.max_prompts, config.redis.max_prompts_bytes),
-                groups=Bounds(config.redis.max_groups, config.redis.max_groups_bytes),
+                prompts=config.redis.prompt_bounds,
+                groups=config.redis.group_bounds,
                 timeout_seconds=START_SECONDS,
             )
         )
