@@ -21,6 +21,8 @@ from shared.stream import PROMPTS, ROLLOUTS, SCORED, Entry, Stream, finish_when_
 logger = logging.getLogger(__name__)
 
 ORIGINS = (PROMPTS, ROLLOUTS, SCORED)
+for _origin in ORIGINS:
+    DEAD_LETTERED.labels(stream=_origin)
 
 _MAX_ERROR = 2000
 """Characters of a reason that are kept."""

@@ -111,6 +111,15 @@ ROLLOUT_RESUMED_TOKENS = Counter(
     "isentrope_rollout_resumed_tokens_total",
     "Tokens that another attempt had sampled, and that were not sampled again.",
 )
+ROLLOUT_WAITING = Gauge(
+    "isentrope_rollout_waiting_requests", "Completions that wait for room in the engine."
+)
+ROLLOUT_KV_CACHE = Gauge(
+    "isentrope_rollout_kv_cache_usage_ratio", "Share of the engine's KV cache in use."
+)
+ROLLOUT_PREEMPTIONS = Counter(
+    "isentrope_rollout_preemptions_total", "Completions that the engine set back for want of room."
+)
 ROLLOUT_CONCURRENCY = Gauge(
     "isentrope_rollout_concurrency_groups", "Groups that this replica may have in work at a time."
 )
@@ -406,6 +415,7 @@ def learner_gauges(registry: CollectorRegistry = REGISTRY) -> LearnerGauges:
         LEARNER_PHASE.labels(phase=phase)
     for result in SYNC_RESULTS:
         WEIGHT_SYNC_OPERATIONS.labels(result=result)
+    LEARNER_DROPPED.labels(reason="stale")
     for result in ("ok", "error"):
         LEARNER_CHECKPOINTS.labels(result=result)
         WEIGHT_SYNC_STREAMS.labels(result=result)

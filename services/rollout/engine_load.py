@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from services.rollout.concurrency import EngineLoad
+from shared.metrics import ROLLOUT_KV_CACHE, ROLLOUT_PREEMPTIONS, ROLLOUT_WAITING
 
 PAUSE_SECONDS = 1.0
 """Steps further apart than this were paused for: a swap of weights makes no queue."""
@@ -46,9 +47,12 @@ class LoadRecorder:
         """One step; either of the first two may be None."""
         if iteration_stats is not None:
             self._num_preemptions += iteration_stats.num_preempted_reqs
+            ROLLOUT_PREEMPTIONS.inc(iteration_stats.num_preempted_reqs)
         if scheduler_stats is None:
             return
         self._kv_cache_usage = scheduler_stats.kv_cache_usage
+        ROLLOUT_KV_CACHE.set(scheduler_stats.kv_cache_usage)
+        ROLLOUT_WAITING.set(scheduler_stats.num_waiting_reqs)
         now = self._now()
         if not scheduler_stats.num_waiting_reqs:
             self._waiting_since = None

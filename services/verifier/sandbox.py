@@ -56,6 +56,8 @@ class ScoringPool:
         self._limits = limits
         self._slots: asyncio.Queue[_Slot] = asyncio.Queue()
         self._all = [_Slot(task, limits) for _ in range(limits.num_workers)]
+        for outcome in Outcome:
+            VERIFIER_RESULTS.labels(verifier=task.name, result=outcome.value)
 
     async def start(self) -> None:
         """Start every process.

@@ -1,0 +1,26 @@
+"""Print rules.yml as the PrometheusRule that the Prometheus operator reads.
+
+kubectl --namespace isentrope apply --filename <(python deploy/prometheus/kubernetes.py)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+HEAD = """\
+apiVersion: monitoring.coreos.com/v1
+kind: PrometheusRule
+metadata:
+  name: isentrope
+spec:
+"""
+
+
+def manifest() -> str:
+    """The rules under `spec`, comments and all."""
+    rules = (Path(__file__).parent / "rules.yml").read_text("utf8")
+    return HEAD + "".join(f"  {line}" if line.strip() else line for line in rules.splitlines(True))
+
+
+if __name__ == "__main__":
+    print(manifest(), end="")

@@ -1,0 +1,89 @@
+"""Every series that a service can export, with its labels; and what is wrong with a question."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+
+from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client.registry import CollectorRegistry
+
+from shared import metrics
+from tests.observability.promql import grouping_labels, selectors
+
+ROOT = Path(__file__).parents[2]
+
+TARGET_LABELS = frozenset({"job", "instance", "namespace", "pod"})
+"""Prometheus adds them to what it scrapes."""
+
+FOREIGN = {
+    "up": frozenset[str](),
+    "process_resident_memory_bytes": frozenset[str](),
+}
+"""Not ours: of Prometheus and prometheus_client."""
+
+Catalogue = Mapping[str, frozenset[str]]
+
+
+@cache
+def catalogue() -> Catalogue:
+    """Labels by the name of the series, as in a scrape."""
+    return FOREIGN | {"isentrope_build_info": frozenset({"version"})} | dict(_own())
+
+
+def _own() -> Iterator[tuple[str, frozenset[str]]]:
+    yield "isentrope_run_info", frozenset({"run", "model", "algorithm"})
+    for each in vars(metrics).values():
+        if isinstance(each, Counter | Gauge | Histogram):
+            name, labels = str(each._name), frozenset[str](each._labelnames)  # type: ignore[no-untyped-call, unused-ignore]
+            match each:
+                case Counter():
+                    yield f"{name}_total", labels
+                case Histogram():
+                    yield f"{name}_bucket", labels | {"le"}
+                    yield f"{name}_sum", labels
+                    yield f"{name}_count", labels
+                case _:
+                    yield name, labels
+    gauges = metrics.learner_gauges(CollectorRegistry())
+    keys = [*metrics._LEARNER_GAUGES]
+    keys += [
+        key for _, by_label in metrics._LEARNER_PERCENTILES.values() for key in by_label.values()
+    ]
+    gauges.show(dict.fromkeys(keys, 1.0))
+    for family in gauges.collect():
+        for sample in family.samples:
+            yield sample.name, frozenset(sample.labels)
+
+
+def faults(expression: str, known: Catalogue) -> list[str]:
+    """Series, labels and label values of an expression that nobody exports."""
+    found, labels = [], set(TARGET_LABELS)
+    for selector in selectors(expression):
+        if selector.metric not in known:
+            found.append(f"no series {selector.metric}")
+            continue
+        of_metric = known[selector.metric] | TARGET_LABELS
+        labels |= of_metric
+        for label, value in selector.matchers.items():
+            if label not in of_metric:
+                found.append(f"{selector.metric} has no label {label}")
+            elif not value.startswith("$"):
+                found += [f"nobody sets {label} to {each!r}" for each in _unset(value)]
+    found += [f"no series has the label {label}" for label in grouping_labels(expression) - labels]
+    return found
+
+
+def _unset(value: str) -> Iterator[str]:
+    """Those of the alternatives of a matcher that do not stand in the code."""
+    for each in value.split("|"):
+        if f'"{each}"' not in _code() and not re.fullmatch(r"[\d.]*", each):
+            yield each
+
+
+@cache
+def _code() -> str:
+    files = [path for folder in ("shared", "services") for path in (ROOT / folder).rglob("*.py")]
+    return "\n".join(path.read_text("utf8") for path in sorted(files))
