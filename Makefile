@@ -23,7 +23,7 @@ demo: setup ## Train the built-in model: warm-up, then RL with two replicas, wit
 test: export OMP_NUM_THREADS := 1
 test: setup ## Unit tests, then short runs with real parts, and with parts killed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not integration and not end_to_end"
-	$(BIN)/python -m pytest -m "integration or end_to_end"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "integration or end_to_end"
 
 bench: bench-head bench-methods bench-publish bench-wire ## Every benchmark but the study and the fleet; its results are in tests/bench/results
 
@@ -39,7 +39,7 @@ bench-methods: setup ## What each method adds to a learner step
 bench-publish: setup ## Weights to a replica beside a plain broadcast, and how long a replica pauses
 	$(BIN)/python -m tests.bench.publish
 
-bench-scale: setup ## Up to 200 simulated replicas against one Redis and one control plane; about ten minutes
+bench-scale: setup ## Up to 200 simulated replicas against one Redis and one control plane; about six minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.scale
 
 bench-wire: setup ## Bytes a token on the streams, and how fast they are written and read

@@ -35,6 +35,10 @@ _REFUSALS = ("MISCONF", "MASTERDOWN", "NOREPLICAS", "CLUSTERDOWN")
 _Answer = TypeVar("_Answer")
 
 
+MAX_CONNECTIONS = 1024
+"""Of one process: each call under way holds one, and a group in work has a call or two."""
+
+
 def connect(url: str, *, timeout_seconds: float = 30.0, retries: int = RETRIES) -> Any:
     """A client that repeats a call which did not reach the server."""
     return redis.Redis.from_url(
@@ -44,6 +48,7 @@ def connect(url: str, *, timeout_seconds: float = 30.0, retries: int = RETRIES) 
         socket_connect_timeout=min(5.0, timeout_seconds),
         socket_timeout=timeout_seconds,
         health_check_interval=15,
+        max_connections=MAX_CONNECTIONS,
     )
 
 

@@ -131,6 +131,23 @@ def test_a_silent_peer_fails_at_the_deadline() -> None:
         silent.result(5).close()
 
 
+def test_the_groups_of_a_process_share_a_few_threads_that_watch_the_wire() -> None:
+    def num_threads() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    store = open_store("127.0.0.1")
+    before, ends = num_threads(), []
+    with ThreadPoolExecutor(1) as threads:
+        for index in range(16):
+            spec = GroupSpec(1, "gloo", "127.0.0.1", store.port, f"many {index}", 1, 2, 60.0)
+            theirs = threads.submit(open_group, spec)
+            ends += [open_group(replace(spec, rank=0), store), theirs.result(60)]
+    # Each end has a thread that waits for broadcasts, which is asleep while there is none.
+    assert num_threads() - before <= len(ends) + 10
+    for end in ends:
+        end.close()
+
+
 def test_a_peer_that_never_joins_fails_at_the_deadline() -> None:
     with pair("absent", timeout_seconds=1) as (spec, join):
         started = time.monotonic()

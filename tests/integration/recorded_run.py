@@ -43,7 +43,7 @@ from shared.stream import Bounds
 
 PATIENCE_SECONDS = 120.0
 POLL_SECONDS = 0.05
-NUM_STEPS = 9
+NUM_STEPS = 15
 GROUPS_PER_BATCH = 2
 SEED = 5
 
