@@ -59,6 +59,11 @@ class Proxy:
         for writer in self._writers:
             writer.transport.abort()
 
+    def lead_to(self, upstream: str) -> None:
+        """Another place from now on; who is connected to the old one is cut off."""
+        self._upstream = upstream
+        self.cut()
+
     @asynccontextmanager
     async def delayed(self, seconds: float) -> AsyncIterator[None]:
         """Hold each chunk back this long, both ways."""

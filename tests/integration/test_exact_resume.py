@@ -8,16 +8,23 @@ in order; with many, the order is that of one of their possible races.
 
 from __future__ import annotations
 
+import asyncio
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from redis.asyncio import Redis
 
 from services.learner.warmup import warm_up
 from shared.config import parse_run
+from tests.chaos.proxy import Proxy
 from tests.integration.recorded_run import (
     GROUPS_PER_BATCH,
     NUM_STEPS,
+    PATIENCE_SECONDS,
+    POLL_SECONDS,
     Death,
     RecordedRun,
 )
@@ -152,6 +159,59 @@ async def test_a_run_waits_for_a_redis_that_is_away_and_goes_on_with_one_that_fo
     assert found.ended["trained"] == NUM_STEPS * GROUPS_PER_BATCH
     assert found.reissued > 0
     assert "groups that are out are in no stream, and are issued again" in run.log
+
+
+async def test_a_run_goes_on_with_a_standby_that_had_fallen_behind(
+    model: Path, server: Server, tmp_path: Path
+) -> None:
+    """A fail-over to one that was cut off from the primary some steps before."""
+    standby = Server(tmp_path / "standby")
+    try:
+        await server.start()
+        await standby.start()
+        async with Proxy(socket_of(server)) as link:
+            run = RecordedRun(tmp_path / "taken-over", model, f"redis://{link.address}/0")
+            run.prepare()
+            async with run.produced() as gate:
+                process = run.start()
+                await run.until(lambda: len(run.steps) >= 1, process)
+                gate.clear()
+                await replicate_once(server, standby)
+                num_steps = len(run.steps)
+                gate.set()
+                await run.until(lambda: len(run.steps) > num_steps, process)
+                server.kill()
+                assert len(run.steps) < NUM_STEPS
+                link.lead_to(socket_of(standby))
+                await run.until_ended(process, exit_code=0)
+    finally:
+        standby.end()
+    found = run.audit()
+    assert found.is_right, found
+    assert found.ended["trained"] == NUM_STEPS * GROUPS_PER_BATCH
+
+
+async def replicate_once(primary: Server, standby: Server) -> None:
+    """The standby has all that the primary has now, and follows it no longer."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    async with Redis.from_url(primary.url) as at_primary, Redis.from_url(standby.url) as at_standby:
+        await at_primary.config_set("bind", "127.0.0.1")
+        await at_primary.config_set("port", port)
+        await at_standby.replicaof("127.0.0.1", port)
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            said = await at_standby.info("replication")
+            offset = (await at_primary.info("replication"))["master_repl_offset"]
+            if said["master_link_status"] == "up" and said["slave_repl_offset"] >= offset:
+                break
+            assert time.monotonic() < deadline, said
+            await asyncio.sleep(POLL_SECONDS)
+        await at_standby.replicaof("NO", "ONE")
+
+
+def socket_of(server: Server) -> str:
+    return server.url.removeprefix("unix://")
 
 
 async def test_a_learner_that_is_told_to_stop_while_redis_is_away_stops_with_a_checkpoint(
