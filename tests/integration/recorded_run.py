@@ -164,6 +164,10 @@ class RecordedRun:
         return [dict(row) for row in read_rows(self.folder / "ledger.jsonl")]
 
     @property
+    def num_skipped(self) -> int:
+        return sum(len(row["skipped"]) for row in self.ledger)
+
+    @property
     def checkpoints(self) -> list[str]:
         return sorted(path.name for path in (self.folder / "checkpoints").glob("step-*"))
 

@@ -173,13 +173,14 @@ async def test_a_run_goes_on_with_a_standby_that_had_fallen_behind(
             run = RecordedRun(tmp_path / "taken-over", model, f"redis://{link.address}/0")
             run.prepare()
             async with run.produced() as gate:
-                process = run.start()
-                await run.until(lambda: len(run.steps) >= 1, process)
                 gate.clear()
+                process = run.start()
+                address = await run.until_known(process)
+                await run.until_says(address, "batch 1", process)
                 await replicate_once(server, standby)
-                num_steps = len(run.steps)
                 gate.set()
-                await run.until(lambda: len(run.steps) > num_steps, process)
+                # What replaces a skipped group is issued now, and the standby will not have it.
+                await run.until(lambda: run.num_skipped > 0, process)
                 server.kill()
                 assert len(run.steps) < NUM_STEPS
                 link.lead_to(socket_of(standby))
@@ -189,6 +190,7 @@ async def test_a_run_goes_on_with_a_standby_that_had_fallen_behind(
     found = run.audit()
     assert found.is_right, found
     assert found.ended["trained"] == NUM_STEPS * GROUPS_PER_BATCH
+    assert found.reissued > 0
 
 
 async def replicate_once(primary: Server, standby: Server) -> None:
