@@ -155,16 +155,23 @@ class Inbox:
     async def _next(self, count: int) -> list[Entry]:
         if self._backlog:
             return [self._backlog.popleft() for _ in range(min(count, len(self._backlog)))]
-        entries = await self._scored.claim(CONSUMER, count=count, wait_seconds=CLAIM_WAIT_SECONDS)
-        if not entries and time.monotonic() - self._looked_at > LOST_SECONDS / 3:
-            self._looked_at = time.monotonic()
-            entries = await self._scored.reclaim(
-                CONSUMER, idle_seconds=LOST_SECONDS, alive={CONSUMER}, count=count, held=self._held
-            )
+        entries = await self._find_lost(count) or await self._scored.claim(
+            CONSUMER, count=count, wait_seconds=CLAIM_WAIT_SECONDS
+        )
         self._held.update(entry.id for entry in entries)
         if entries:
             self.heard_at = time.monotonic()
         return entries
+
+    async def _find_lost(self, count: int) -> list[Entry]:
+        """Now and then, also while others keep coming: a group keeps its place in the admission
+        until it is found, and ages."""
+        if time.monotonic() - self._looked_at <= LOST_SECONDS / 3:
+            return []
+        self._looked_at = time.monotonic()
+        return await self._scored.reclaim(
+            CONSUMER, idle_seconds=LOST_SECONDS, alive={CONSUMER}, count=count, held=self._held
+        )
 
     async def _sort(self, entry: Entry) -> ScoredGroup | None:
         """The training group in `entry`; what else it may be is dealt with here."""

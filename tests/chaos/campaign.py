@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import subprocess
 import time
@@ -17,6 +18,7 @@ from services.cli.launch import plan_warmup
 from services.cli.measurements import latest, read_rows
 from services.cli.run_folder import RunFolder, new_run
 from shared.config import load_run
+from shared.config.services import LearnerConfig
 from shared.stream import DEAD_LETTER
 from tests.chaos.disk import SmallDisk, small_disk
 from tests.chaos.faults import FAULTS, Scene
@@ -273,12 +275,18 @@ class _Campaign:
         await stack.until_whole()
         self._say(f"the run is to end soon after step {stack.steps.newest}")
         await stack.end_learner()
-        staleness = stack.config.learner.max_staleness
         # As many steps more as groups may be outstanding, so that none is left over.
-        last = int(latest(read_rows(self._folder.metrics), "step") or 0) + staleness + 1
+        last = int(latest(read_rows(self._folder.metrics), "step") or 0)
+        last += self._steps_for_what_is_out(stack.config.learner)
         await stack.finish(_run_file(self._order, num_steps=last))
         streams = stack.streams
         return {each.name: await each.peek() for each in (*streams.sources, streams.dead_letter)}
+
+    def _steps_for_what_is_out(self, learner: LearnerConfig) -> int:
+        """After a crash more may be out than admission lets out."""
+        rows = read_rows(self._folder.ledger)
+        num_batches = math.ceil(len(rows[-1]["outstanding"]) / learner.groups_per_batch)
+        return max(num_batches, learner.max_staleness + 1)
 
 
 def _run_file(order: Order, *, num_steps: int) -> str:

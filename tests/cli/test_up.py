@@ -268,7 +268,7 @@ def test_a_killed_launcher_leaves_nobody_and_the_run_can_go_on(
 def test_somebody_who_never_comes_up_is_named(
     start: Callable[..., Launcher], tmp_path: Path
 ) -> None:
-    hasty = RUN_FILE.replace("start_timeout_seconds = 20.0", "start_timeout_seconds = 2.0")
+    hasty = RUN_FILE.replace("start_timeout_seconds = 20.0", "start_timeout_seconds = 5.0")
     (tmp_path / "run.toml").write_text(hasty)
     launcher = start({**EVERYBODY, "rollout-1": "mute", "learner": "steps=3 all=5"})
     _, errors = launcher.wait(1)

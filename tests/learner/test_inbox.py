@@ -253,7 +253,16 @@ async def test_a_group_whose_claim_was_never_answered_is_found(
     await scene.arrive(make_scored(0), make_scored(1))
     await scene.scored.claim("learner", count=1, wait_seconds=0.1)  # this reply was lost
     monkeypatch.setattr("services.learner.inbox.LOST_SECONDS", 0.0)
-    assert await scene.take(count=2) == [1, 0]
+    assert await scene.take(count=2) == [0, 1]
+
+
+async def test_an_entry_whose_reply_was_lost_is_found_while_others_keep_coming(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await scene.arrive(*(make_scored(index) for index in range(6)))
+    await scene.scored.claim("learner", count=1, wait_seconds=0.1)  # this reply was lost
+    monkeypatch.setattr("services.learner.inbox.LOST_SECONDS", 0.0)
+    assert 0 in await scene.take(count=3)
 
 
 async def test_an_entry_that_cannot_be_read_goes_to_dead_letter(scene: Scene) -> None:
