@@ -24,7 +24,7 @@ from shared.redis_connection import Patience, translated
 logger = logging.getLogger(__name__)
 
 RELEASE_SECONDS = 5.0
-"""How long an ending service tries to give its lease back; without that it runs out."""
+"""Of a lease that an ending service gives back; one that is not given back runs out."""
 
 Role = Literal["learner", "rollout", "verifier"]
 
@@ -60,10 +60,19 @@ class Registry:
 
     Args:
         patience: of the questions; a lease itself is kept without.
+        release_seconds: how long an ending service tries to give its lease back.
     """
 
-    def __init__(self, client: Any, *, prefix: str, patience: Patience | None = None) -> None:
+    def __init__(
+        self,
+        client: Any,
+        *,
+        prefix: str,
+        patience: Patience | None = None,
+        release_seconds: float = RELEASE_SECONDS,
+    ) -> None:
         self._client = client
+        self._release_seconds = release_seconds
         self._patience = patience or Patience()
         self._prefix = prefix
         self._index = prefix + "leases"
@@ -105,7 +114,7 @@ class Registry:
         finally:
             task.cancel()
             try:
-                async with asyncio.timeout(RELEASE_SECONDS):
+                async with asyncio.timeout(self._release_seconds):
                     with translated(key):
                         await self._release(keys=[key, self._index], args=[value])
             except (StreamError, TimeoutError):

@@ -25,6 +25,9 @@ from shared.errors import StartError, StreamError
 RETRIES = 8
 """Of redis-py; they last about ten seconds, so a server's restart goes unnoticed."""
 
+MAX_CONNECTIONS = 1024
+"""Of one process, each for a call under way; redis-py's own 100 would be few for many groups."""
+
 AWAY = "UNAVAILABLE"
 """`StreamError.status` of a server that does not answer, or refuses for the time being."""
 
@@ -33,10 +36,6 @@ _REFUSALS = ("MISCONF", "MASTERDOWN", "NOREPLICAS", "CLUSTERDOWN")
 """Begin the answers of a server whose disk is full, or that is about to be replaced."""
 
 _Answer = TypeVar("_Answer")
-
-
-MAX_CONNECTIONS = 1024
-"""Of one process: each call under way holds one, and a group in work has a call or two."""
 
 
 def connect(url: str, *, timeout_seconds: float = 30.0, retries: int = RETRIES) -> Any:

@@ -17,9 +17,9 @@ import torch
 
 from protos import learner_pb2 as pb
 from protos import learner_pb2_grpc as pb_grpc
-from shared.broadcast import Received
 from shared.buckets import Bucket, Manifest, StagedWeights, add_checksums, checksum
 from shared.errors import BroadcastError
+from shared.weight_transfer import Received
 
 CHUNK_BYTES = 1 << 20
 """Of one message: large enough that calls cost little, small enough to leave the learner's event

@@ -16,17 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from shared.broadcast import (
-    BroadcastGroup,
-    GroupSpec,
-    Received,
-    open_group,
-    open_store,
-    receive_weights,
-    send_weights,
-)
+from shared.broadcast import BroadcastGroup, GroupSpec, open_group, open_store
 from shared.buckets import Manifest, ParameterSpec, StagedWeights, pack_buckets, plan_buckets
 from shared.errors import BroadcastError
+from shared.weight_transfer import Received, receive_weights, send_weights
 from tests.manifests import random_manifest, random_tensors, whole_checksum
 
 BUCKET_BYTES = 4096

@@ -182,12 +182,11 @@ async def test_a_lease_comes_back_by_itself_after_an_outage_and_after_a_wipe(
 
 
 async def test_a_service_ends_in_time_beside_a_server_that_does_not_answer(
-    server: Server, monkeypatch: pytest.MonkeyPatch
+    server: Server,
 ) -> None:
-    monkeypatch.setattr("shared.lease.RELEASE_SECONDS", 0.2)
     await server.start()
     async with opened(server, Told()) as streams, asyncio.timeout(DEADLINE_SECONDS):
-        registry = Registry(streams.client, prefix=streams.prefix)
+        registry = Registry(streams.client, prefix=streams.prefix, release_seconds=0.2)
         # Its socket's own deadline is half a minute, and as long again for each retry.
         async with asyncio.timeout(20.0):
             async with registry.hold(

@@ -59,6 +59,7 @@ class Inbox:
         max_attempts: int,
         replace_degenerate: bool,
         max_degenerate_batches: int,
+        lost_seconds: float = LOST_SECONDS,
     ) -> None:
         self.dropped: dict[str, int] = {}
         self.num_replaced = 0
@@ -74,6 +75,7 @@ class Inbox:
         self._max_attempts = max_attempts
         self._replace_degenerate = replace_degenerate
         self._max_degenerate_batches = max_degenerate_batches
+        self._lost_seconds = lost_seconds
         self._backlog: deque[Entry] = deque()
         self._unacknowledged: list[str] = []
         self._held: set[str] = set()
@@ -166,11 +168,15 @@ class Inbox:
     async def _find_lost(self, count: int) -> list[Entry]:
         """Now and then, also while others keep coming: a group keeps its place in the admission
         until it is found, and ages."""
-        if time.monotonic() - self._looked_at <= LOST_SECONDS / 3:
+        if time.monotonic() - self._looked_at < self._lost_seconds / 3:
             return []
         self._looked_at = time.monotonic()
         return await self._scored.reclaim(
-            CONSUMER, idle_seconds=LOST_SECONDS, alive={CONSUMER}, count=count, held=self._held
+            CONSUMER,
+            idle_seconds=self._lost_seconds,
+            alive={CONSUMER},
+            count=count,
+            held=self._held,
         )
 
     async def _sort(self, entry: Entry) -> ScoredGroup | None:

@@ -239,7 +239,6 @@ class Learner:
         """Called about twice a second while no group comes."""
         await self._obey()
         await self._bring_late_replicas_up()
-        await self._observe()
         await self._make_room()
         await self.reconciler.look_if_due(policy_version=self.progress.policy_version)
         self.progress.still_awaits(num_missing)
@@ -340,13 +339,13 @@ class Learner:
         state = checkpoint.state
         try:
             self.ledger.load_state_dict(state["ledger"])
+            self.evaluator.load_state_dict(state["evaluator"])
+            self.law.load_state_dict(state["law"])
         except (KeyError, ValueError) as error:
             raise CheckpointError(
-                f"{checkpoint.folder} is of another run ({error}); resume with the run file that"
-                " wrote it"
+                f"{checkpoint.folder} is of another run or release ({error}); resume with the run"
+                " file and the release that wrote it"
             ) from None
-        self.evaluator.load_state_dict(state["evaluator"])
-        self.law.load_state_dict(state["law"])
         self.progress.metrics = state["metrics"]
         self.gauges.show(state["metrics"])
         await self.on_engine(lambda: self.engine.load(checkpoint.engine_folder))

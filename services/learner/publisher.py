@@ -29,7 +29,7 @@ from typing import Any, Protocol
 from services.learner.fleet import Fleet
 from services.learner.peer import CANARY, Peer, ask_each, left_behind, taking
 from services.learner.refit import Refitter, Version
-from shared.broadcast import BroadcastGroup, SendReport, send_weights
+from shared.broadcast import BroadcastGroup
 from shared.buckets import Manifest, StagedWeights
 from shared.errors import PeerError
 from shared.lease import Registry
@@ -40,6 +40,7 @@ from shared.metrics import (
     WEIGHT_SYNC_RETRIES,
     WEIGHT_SYNC_SECONDS,
 )
+from shared.weight_transfer import SendReport, send_weights
 
 logger = logging.getLogger(__name__)
 
@@ -162,8 +163,8 @@ class Publisher:
     def replicas(self) -> dict[str, str]:
         """What the learner believes of each replica, for people."""
         return {
-            peer.name: "stale" if peer.policy_version is None else f"serves {peer.policy_version}"
-            for peer in self.fleet.peers
+            name: "stale" if version is None else f"serves {version}"
+            for name, version in self.versions.items()
         }
 
     @property

@@ -35,6 +35,7 @@ from shared.records import ScoredGroup
 from shared.redis_connection import translated
 from shared.redis_stream import Streams
 
+_MEMORY = {"used": "used_memory", "max": "maxmemory"}
 _PERSISTENCE = {
     "append": "aof_last_write_status",
     "rewrite": "aof_last_bgrewrite_status",
@@ -149,10 +150,13 @@ async def _observe_server(streams: Streams) -> None:
     with translated(streams.prefix):
         memory = await streams.client.info("memory")
         persistence = await streams.client.info("persistence")
-    REDIS_MEMORY.labels(kind="used").set(memory["used_memory"])
-    REDIS_MEMORY.labels(kind="max").set(memory["maxmemory"])
+    # A server of another make may leave a figure out; its gauge then stays as it is.
+    for kind, field in _MEMORY.items():
+        if field in memory:
+            REDIS_MEMORY.labels(kind=kind).set(memory[field])
     for kind, field in _PERSISTENCE.items():
-        REDIS_PERSISTENCE.labels(kind=kind).set(persistence[field] == "ok")
+        if field in persistence:
+            REDIS_PERSISTENCE.labels(kind=kind).set(persistence[field] == "ok")
 
 
 def _counts(report: StepReport, name: str) -> dict[str, int]:

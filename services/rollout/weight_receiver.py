@@ -41,10 +41,11 @@ from vllm.model_executor.model_loader.reload import (
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from shared.broadcast import BroadcastGroup, GroupSpec, Received, open_group, receive_weights
+from shared.broadcast import BroadcastGroup, GroupSpec, open_group
 from shared.buckets import Manifest, ParameterSpec, StagedWeights
 from shared.errors import BroadcastError
 from shared.weight_stream import WeightSource, fetch_weights
+from shared.weight_transfer import Received, receive_weights
 
 BACKEND_NAME = "isentrope"
 

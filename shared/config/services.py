@@ -57,7 +57,8 @@ class RedisConfig(Section):
 
     max_groups_mib: Count = 1024
     """Payload at which each of `rollouts`, `scored` and `dead_letter` is full as well, in MiB.
-    Give the server 1.3 times this, three times over, and `max_prompts_mib`."""
+    Give the server 1.3 times this, three times over, and `max_prompts_mib`; and, for
+    `rollout.partial_tokens`, 8 bytes for each token of the groups in work."""
 
     max_attempts: Count = 5
     """Deliveries of one entry before it goes to `dead_letter`."""

@@ -29,7 +29,7 @@ from services.learner.feeder import make_group
 from services.learner.ledger import Ledger
 from services.rollout.engine import VllmEngine
 from services.rollout.vllm_launch import EngineSettings
-from shared.broadcast import GroupSpec, open_group, open_store, send_weights
+from shared.broadcast import GroupSpec, open_group, open_store
 from shared.config import Environment, RunConfig, load_run
 from shared.records import (
     GroupUid,
@@ -43,6 +43,7 @@ from shared.records import (
 from shared.tasks.registry import load_task
 from shared.tasks.task import Problem, Split, Task
 from shared.tokenizer import Tokenizer
+from shared.weight_transfer import send_weights
 
 RUN_ID = "lockstep"
 MAX_SEQUENCES = 256

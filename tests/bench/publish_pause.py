@@ -17,8 +17,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from services.rollout.engine import VllmEngine
 from services.rollout.vllm_launch import EngineSettings
-from shared.broadcast import GroupSpec, open_group, open_store, send_weights
+from shared.broadcast import GroupSpec, open_group, open_store
 from shared.buckets import ParameterSpec, StagedWeights
+from shared.weight_transfer import send_weights
 from tests.bench.benchmark import median_interval
 from tests.bench.publish_wire import DEADLINE_SECONDS, PLAIN, Peers, broadcast_plainly
 

@@ -15,15 +15,9 @@ from typing import NamedTuple
 import torch
 from torch.distributed import Work
 
-from shared.broadcast import (
-    BroadcastGroup,
-    GroupSpec,
-    open_group,
-    open_store,
-    receive_weights,
-    send_weights,
-)
+from shared.broadcast import BroadcastGroup, GroupSpec, open_group, open_store
 from shared.buckets import Manifest, ParameterSpec, StagedWeights, checksum, pack_buckets
+from shared.weight_transfer import receive_weights, send_weights
 from tests.bench.benchmark import Progressing, median_interval
 
 DEADLINE_SECONDS = 60.0

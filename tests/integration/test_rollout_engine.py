@@ -25,7 +25,7 @@ from services.rollout.engine import UpdateReport, VllmEngine
 from services.rollout.replica import Event, Replica
 from services.rollout.vllm_launch import EngineSettings
 from shared.activity import Report
-from shared.broadcast import BroadcastGroup, GroupSpec, open_group, open_store, send_weights
+from shared.broadcast import BroadcastGroup, GroupSpec, open_group, open_store
 from shared.buckets import Manifest, ParameterSpec, pack_buckets
 from shared.codec import encode_prompt_group
 from shared.errors import BroadcastError, EngineError
@@ -33,6 +33,7 @@ from shared.partials import append_runs
 from shared.records import Completion, VersionRun
 from shared.redis_stream import open_streams
 from shared.stream import Bounds
+from shared.weight_transfer import send_weights
 from tests.factories import make_prompt
 from tests.integration.tiny_qwen import TOLERANCE, VOCABULARY, random_model, reference_logprobs
 from tests.learner.publishing import learner_side, replica_arguments

@@ -11,7 +11,7 @@ import pytest
 
 from services.learner.evaluation import Evaluator
 from services.learner.feeder import Feeder
-from services.learner.inbox import Inbox, group_staleness, is_degenerate
+from services.learner.inbox import LOST_SECONDS, Inbox, group_staleness, is_degenerate
 from services.learner.labels import label_of
 from services.learner.ledger import Ledger
 from services.learner.reconcile import Reconciler
@@ -112,7 +112,7 @@ class Scene:
             max_attempts=2,
         )
 
-    def make_inbox(self) -> Inbox:
+    def make_inbox(self, *, lost_seconds: float = LOST_SECONDS) -> Inbox:
         return Inbox(
             scored=self.scored,
             dead_letter=self.dead,
@@ -124,6 +124,7 @@ class Scene:
             max_attempts=2,
             replace_degenerate=self.replace_degenerate,
             max_degenerate_batches=self.max_degenerate_batches,
+            lost_seconds=lost_seconds,
         )
 
     async def arrive(self, *groups: ScoredGroup) -> None:
@@ -247,21 +248,19 @@ async def test_after_a_crash_pending_groups_come_first_in_their_old_order(scene:
     assert await scene.take(count=3) == [1, 0, 2]
 
 
-async def test_a_group_whose_claim_was_never_answered_is_found(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_group_whose_claim_was_never_answered_is_found(scene: Scene) -> None:
     await scene.arrive(make_scored(0), make_scored(1))
     await scene.scored.claim("learner", count=1, wait_seconds=0.1)  # this reply was lost
-    monkeypatch.setattr("services.learner.inbox.LOST_SECONDS", 0.0)
+    scene.inbox = scene.make_inbox(lost_seconds=0.0)
     assert await scene.take(count=2) == [0, 1]
 
 
 async def test_an_entry_whose_reply_was_lost_is_found_while_others_keep_coming(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch
+    scene: Scene,
 ) -> None:
     await scene.arrive(*(make_scored(index) for index in range(6)))
     await scene.scored.claim("learner", count=1, wait_seconds=0.1)  # this reply was lost
-    monkeypatch.setattr("services.learner.inbox.LOST_SECONDS", 0.0)
+    scene.inbox = scene.make_inbox(lost_seconds=0.0)
     assert 0 in await scene.take(count=3)
 
 

@@ -33,7 +33,7 @@ import torch
 from services.rollout.app import run_replica, serve_engine
 from services.rollout.concurrency import EngineLoad
 from services.rollout.replica import Replica
-from shared.broadcast import BroadcastGroup, GroupSpec, Received, open_group, receive_weights
+from shared.broadcast import BroadcastGroup, GroupSpec, open_group
 from shared.buckets import Manifest
 from shared.errors import BroadcastError, EngineError
 from shared.logs import configure_logging
@@ -41,6 +41,7 @@ from shared.process import ServiceArguments, end_with_parent, run_service
 from shared.records import Completion, VersionRun
 from shared.redis_stream import Streams
 from shared.weight_stream import WeightSource, fetch_weights
+from shared.weight_transfer import Received, receive_weights
 
 T = TypeVar("T")
 
