@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 CLAIM_WAIT_SECONDS = 1.0
 RETRY_SECONDS = 1.0
 
+LOOKERS = 32
+"""Consumers of a role that look for orphans as often as they may; more share the looks."""
+
 
 class UnworkableError(Exception):
     """An entry that no attempt will make anything of; the reason goes with it."""
@@ -227,12 +230,16 @@ async def adopt_orphans(
 ) -> None:
     """Now and then take over what consumers of this role that died had claimed; until cancelled.
 
+    A look costs as much as there are members, so a large fleet looks no oftener than 32 do: each
+    of its members more seldom, and all together as soon.
+
     Args:
         adopt: `Stage.adopt`, or what calls it.
         idle_seconds: an entry must have been claimed this long ago.
     """
+    alive: set[str] = set()
     while True:
-        await asyncio.sleep(idle_seconds / 3)
+        await asyncio.sleep(idle_seconds / 3 * max(1.0, len(alive) / LOOKERS))
         try:
             alive = {member.name for member in await registry.members(role)}
             await adopt(idle_seconds=idle_seconds, alive=alive)

@@ -1,7 +1,7 @@
 """What a replica may do: its state, and the pure function that changes it.
 
     JOINING --ready--> STALE --confirmed--> SERVING --drain--> DRAINING --finished--> GONE
-                         ^------ swapped, rejected, left behind ------'
+                         ^--- swapped, rejected, left behind, broken --'
 
 Only SERVING samples new groups, and the only way into it is `confirmed`: the learner saw that the
 checksum of the weights and the canary's log-probs match its own. A swap that is not yet confirmed
@@ -35,6 +35,7 @@ class Event(Enum):
     CONFIRMED = "the learner confirmed the weights"
     REJECTED = "the learner rejected the weights"
     LEFT_BEHIND = "the learner published without this replica"
+    BROKEN = "new weights could not be loaded, and the old ones are damaged"
     DRAIN = "asked to stop"
     FINISHED = "nothing is in flight any more"
 
@@ -48,6 +49,8 @@ _TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.SERVING, Event.REJECTED): State.STALE,
     (State.STALE, Event.LEFT_BEHIND): State.STALE,
     (State.SERVING, Event.LEFT_BEHIND): State.STALE,
+    (State.STALE, Event.BROKEN): State.STALE,
+    (State.SERVING, Event.BROKEN): State.STALE,
     (State.JOINING, Event.DRAIN): State.DRAINING,
     (State.STALE, Event.DRAIN): State.DRAINING,
     (State.SERVING, Event.DRAIN): State.DRAINING,
@@ -56,6 +59,7 @@ _TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.DRAINING, Event.CONFIRMED): State.DRAINING,
     (State.DRAINING, Event.REJECTED): State.DRAINING,
     (State.DRAINING, Event.LEFT_BEHIND): State.DRAINING,
+    (State.DRAINING, Event.BROKEN): State.DRAINING,
     (State.DRAINING, Event.FINISHED): State.GONE,
 }
 

@@ -186,11 +186,7 @@ class RolloutServicer(pb_grpc.RolloutServicer):
         version = request.policy_version
         try:
             with self._sampler.chore(f"takes version {version}"):
-                report = await self._engine.commit_update(
-                    version,
-                    expected_checksum=request.checksum,
-                    timeout_seconds=request.timeout_seconds,
-                )
+                report = await self._load(request)
             self._checksum = report.checksum
             await self._replica.swapped(version)
             canary = await self._engine.score_tokens(unpack_token_ids(request.canary_token_ids))
@@ -209,6 +205,18 @@ class RolloutServicer(pb_grpc.RolloutServicer):
             load_seconds=report.load_seconds,
             pause_seconds=report.pause_seconds,
         )
+
+    async def _load(self, request: pb.CommitUpdateRequest) -> Any:
+        """The engine's report of the swap; a model that may be damaged serves nobody."""
+        try:
+            return await self._engine.commit_update(
+                request.policy_version,
+                expected_checksum=request.checksum,
+                timeout_seconds=request.timeout_seconds,
+            )
+        except EngineError:
+            await self._replica.handle(Event.BROKEN)
+            raise
 
     async def _forget_update(self) -> None:
         """Give up what was begun, and end a commit whose caller gave up.

@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from shared.stage import LOOKERS
 from tests.bench.scale_counts import Count
 from tests.bench.scale_crew import GROUP_SIZE
 from tests.bench.scale_point import LEARNER, REDIS, VERIFIER, Point
@@ -116,8 +117,9 @@ class Model:
         return self.fleet.groups_per_second(replicas) * cpu_ms / 1000
 
     def looks_share(self, replicas: float) -> float:
-        """Of Redis' core, for every replica's looks at every lease."""
-        return replicas / self.fleet.look_seconds * self.members_redis_ms.at(replicas) / 1000
+        """Of Redis' core, for looks at every lease, which a large fleet shares."""
+        looks_per_second = min(replicas, LOOKERS) / self.fleet.look_seconds
+        return looks_per_second * self.members_redis_ms.at(replicas) / 1000
 
     def waiting_share(self, replicas: float) -> float:
         """Of Redis' core, if all wait for prompts: each that comes is offered to every reader."""
@@ -147,11 +149,11 @@ class Model:
                 " relays to k others",
             ),
             Limit(
-                "Redis' thread: looks at all leases by all replicas",
+                "Redis' thread: looks at all leases",
                 self._until(self.looks_share, BUSY),
-                f"N / {fleet.look_seconds:g} s x N x {1000 * self.members_redis_ms.slope:.2f} us a"
-                " lease",
-                "ask for idle entries first and for leases only if there are any; leases by role",
+                f"{LOOKERS} / {fleet.look_seconds:g} s x N x"
+                f" {1000 * self.members_redis_ms.slope:.2f} us a lease",
+                "fewer lookers (`shared.stage.LOOKERS`); leases by role",
             ),
             Limit(
                 "Redis' thread: readers that wait on one stream, if all do",

@@ -189,7 +189,7 @@ def _far(model: Model) -> str:
         ("groups/s to carry", lambda n: f"{model.fleet.groups_per_second(n):.0f}"),
         ("Redis' thread: groups", lambda n: f"{model.groups_share(REDIS, n):.1%}"),
         ("Redis' thread: idle polls, leases", lambda n: f"{model.idle[REDIS].at(n):.1%}"),
-        ("Redis' thread: each replica's looks", lambda n: f"{model.looks_share(n):.1%}"),
+        ("Redis' thread: looks at leases", lambda n: f"{model.looks_share(n):.1%}"),
         ("Redis' thread: readers, if all wait", lambda n: f"{model.waiting_share(n):.1%}"),
         ("learner's loop", lambda n: f"{model.learner_share(n):.1%}"),
         ("one verifier's loop, scoring apart", lambda n: f"{model.groups_share(VERIFIER, n):.1%}"),

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from shared.stage import LOOKERS
 from tests.bench.scale import measure
 from tests.bench.scale_counts import Count
 from tests.bench.scale_model import Fleet, Line, Model
@@ -66,8 +66,8 @@ def test_each_limit_is_where_its_share_or_its_number_is_used_up() -> None:
     at = {limit.name: limit.replicas for limit in model.limits()}
     assert at["the learner's open files (pairs)"] == pytest.approx(65_536 / 8)
     assert at["Redis' connections"] == pytest.approx(10_000 / 2)
-    looks = at["Redis' thread: looks at all leases by all replicas"]
-    assert looks == pytest.approx(math.sqrt(0.7 * 10 * 1000 / 0.001), rel=0.01)
+    looks = at["Redis' thread: looks at all leases"]
+    assert looks == pytest.approx(0.7 * 10 * 1000 / (LOOKERS * 0.001), rel=0.01)
     assert model.looks_share(looks) == pytest.approx(0.7, rel=0.01)
     assert list(at.values()) == sorted(at.values())
 

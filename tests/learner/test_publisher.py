@@ -11,10 +11,12 @@ import pytest
 
 from services.learner.publisher import CROWD, MAX_FAILURES
 from services.rollout.replica import State
+from shared.codec import encode_prompt_group
 from shared.errors import StreamError
 from shared.lease import Registry
 from shared.metrics import WEIGHT_SYNC_OPERATIONS, WEIGHT_SYNC_RETRIES
 from shared.redis_stream import Streams
+from tests.factories import make_prompt
 from tests.learner.publishing import SWAP_SECONDS, TIMEOUT_SECONDS, Scene, scene_of
 
 both_layouts = pytest.mark.parametrize("layout", ["pairs", "one"])
@@ -83,6 +85,21 @@ async def test_a_replica_left_behind_is_brought_up_by_the_next_publication(scene
     publication = await scene.publisher.publish(0)
     assert publication.served == ("rollout-0",)
     assert bad.replica.state is State.SERVING
+
+
+@without_copy
+async def test_a_replica_whose_model_was_damaged_by_a_load_takes_no_group_until_it_serves_again(
+    scene: Scene,
+) -> None:
+    bad = await scene.start("rollout-0")
+    await scene.publisher.publish(0)
+    bad.engine.misloads = MAX_FAILURES
+    assert (await scene.publisher.publish(1)).failed == ("rollout-0",)
+    assert bad.replica.state is State.STALE
+    await scene.streams.prompts.put(encode_prompt_group(make_prompt(group_size=1)))
+    assert (await scene.publisher.publish(1)).served == ("rollout-0",)
+    assert await scene.streams.rollouts.claim("verifier-0", count=1, wait_seconds=30.0)
+    assert await scene.streams.dead_letter.peek() == []
 
 
 @without_copy

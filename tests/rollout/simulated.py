@@ -112,6 +112,7 @@ class SimulatedEngine:
         damage: score the canary as if a layer had not arrived.
         fails_to_join: refuse every group, as an engine whose process ended.
         hang_ups: leave the group when an update begins, so many times.
+        misloads: end so many swaps with a damaged model.
     """
 
     num_workers = 1
@@ -125,6 +126,7 @@ class SimulatedEngine:
         self.damage = False
         self.fails_to_join = False
         self.hang_ups = 0
+        self.misloads = 0
         self._receiving: asyncio.Future[Received] | None = None
         self._swaps: deque[tuple[float, int]] = deque(maxlen=_REMEMBERED_SWAPS)
         self._requests: dict[str, _Request] = {}
@@ -260,6 +262,10 @@ class SimulatedEngine:
         self._receiving = None
         paused_at = time.monotonic()
         await asyncio.sleep(self.simulation.swap_seconds)
+        if self.misloads:
+            self.misloads -= 1
+            self.policy_version = None
+            raise EngineError("the update lacks 1 parameters")
         self.parameters, self.policy_version = received.tensors, version
         self._swaps.append((time.monotonic(), version))
         seconds = time.monotonic() - paused_at
