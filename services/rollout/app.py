@@ -172,6 +172,7 @@ def _sampler(
             max_staleness=config.learner.max_staleness,
         ),
         max_attempts=config.redis.max_attempts,
+        drain_seconds=config.rollout.drain_seconds,
     )
 
 

@@ -8,11 +8,11 @@ the replica drains: what is in flight is finished first.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from array import array
 from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager
 
 from services.rollout.concurrency import Change, Concurrency
 from services.rollout.draft import GroupDraft
@@ -38,6 +38,7 @@ from shared.stream import Entry, Stream
 logger = logging.getLogger(__name__)
 
 _ADAPT_SECONDS = 1.0
+_LAST_SAVE_SECONDS = 5.0
 
 
 class Sampler:
@@ -56,6 +57,7 @@ class Sampler:
         concurrency: Concurrency,
         keeper: Keeper,
         max_attempts: int,
+        drain_seconds: float,
     ) -> None:
         self.groups_sampled = 0
         self.tokens_sampled = 0
@@ -67,6 +69,7 @@ class Sampler:
         self._concurrency = concurrency
         self._keeper = keeper
         self._max_attempts = max_attempts
+        self._drain_seconds = drain_seconds
         self._stage = Stage(
             name=name,
             source=prompts,
@@ -97,16 +100,19 @@ class Sampler:
         has = "no version yet" if version < 0 else f"version {version}"
         return self._stage.activity.report(standing=f"{self._replica.state.value}, has {has}")
 
-    def chore(self, what: str) -> AbstractContextManager[None]:
+    def chore(self, what: str) -> contextlib.AbstractContextManager[None]:
         """Something that the replica does beside sampling; told if it takes long."""
         return self._stage.activity.chore(what)
 
     async def run(self) -> None:
-        """Until the replica drains, or its engine dies, and nothing is in flight any more."""
+        """Until the replica drains, or its engine dies, and nothing is in flight any more.
+
+        What is not done in time then is saved and left to others.
+        """
         adapting = asyncio.create_task(self._adapt(), name="concurrency")
         try:
             await self._stage.run(self._may_serve)
-            await self._stage.finish()
+            await self._stage.finish(timeout_seconds=self._drain_seconds)
         finally:
             adapting.cancel()
 
@@ -187,9 +193,15 @@ class Sampler:
         if await self._may_sample(entry.id, group.min_policy_version):
             await self._keeper.restore(entry, draft)
         progress = self._stage.activity.progress
-        async with self._keeper.keeping(entry, draft, on_progress=progress):
-            if await self._complete_draft(entry.id, draft):
-                return RolloutGroup(group, draft.completions(), self._name, time.time())
+        try:
+            async with self._keeper.keeping(entry, draft, on_progress=progress):
+                if await self._complete_draft(entry.id, draft):
+                    return RolloutGroup(group, draft.completions(), self._name, time.time())
+        except asyncio.CancelledError:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_SAVE_SECONDS):
+                    await self._keeper.save(entry, draft)
+            raise
         await self._keeper.save(entry, draft)
         return None
 

@@ -169,6 +169,10 @@ class RolloutConfig(Section):
     that another replica can go on from them: 8 bytes a token, of groups in work only. 0 saves
     nothing, and a completion that was cut off is sampled from its start."""
 
+    drain_seconds: Seconds = 90.0
+    """How long a replica that was told to end goes on with its groups; then it saves them and
+    leaves them to others. A cluster's grace period is longer."""
+
     tensor_parallel_size: Count = 1
     """GPUs of one replica."""
 

@@ -89,6 +89,7 @@ def make_sampler(
             max_staleness=1,
         ),
         max_attempts=3,
+        drain_seconds=30.0,
     )
 
 

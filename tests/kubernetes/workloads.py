@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from services.verifier.worker import STOP_SECONDS
+from shared.config.services import RolloutConfig
 from shared.rpc import GRACE_SECONDS, PROGRESS
 from tests.kubernetes.manifests import Manifest, Pod, arguments, option, pods, quantity
 
@@ -20,8 +21,8 @@ _PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
 
 _DRAIN_SECONDS = {
     "verifier": STOP_SECONDS + GRACE_SECONDS,
+    "rollout": RolloutConfig.model_fields["drain_seconds"].default + GRACE_SECONDS,
     # No bound of their own: what they are given at least.
-    "rollout": 60.0,
     "learner": 300.0,
     "redis": 30.0,
 }

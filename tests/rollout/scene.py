@@ -37,6 +37,7 @@ class Scene:
     partial_tokens: int = 0
     max_staleness: int = 9
     max_concurrent_groups: int = 2
+    drain_seconds: float = 30.0
     store: Partials | None = None
 
     def __post_init__(self) -> None:
@@ -58,6 +59,7 @@ class Scene:
                 max_staleness=self.max_staleness,
             ),
             max_attempts=3,
+            drain_seconds=self.drain_seconds,
         )
 
     async def serve(self, version: int = 0) -> None:

@@ -116,6 +116,26 @@ async def test_a_replica_goes_on_where_a_dead_one_stopped(first: Scene) -> None:
             assert not completion.is_truncated
 
 
+async def test_what_a_draining_replica_does_not_finish_in_time_is_saved_and_left_to_others() -> (
+    None
+):
+    first = Scene(partial_tokens=4, drain_seconds=0.5)
+    async with at_work(first) as running:
+        await first.serve(0)
+        await begin(first)
+        first.engine.emit(3)
+        await first.replica.handle(Event.DRAIN)
+        await asyncio.wait_for(running, 10.0)
+    assert (await first.prompts.depth()).pending == 1
+    second = second_of(first)
+    async with at_work(second):
+        await second.serve(0)
+        await taken_over(second)
+        for completion in await finished(second):
+            assert runs(completion) == [(0, 4)]
+    assert not await first.dead.peek()
+
+
 async def test_equal_versions_are_one_run_over_the_seam(first: Scene) -> None:
     first.engine.emit(4)
     await saved(first, 4)
