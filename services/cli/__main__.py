@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from services.cli.launch import Plan
+from services.cli.plan.arguments import add_plan_arguments
 from shared.errors import IsentropeError
 
 _INTERRUPTED = 130
@@ -67,9 +68,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     deed.add_argument("--drop", metavar="ID|all", help="forget it; the run goes on either way")
     dead.set_defaults(command=_dead_letters)
+    users = commands.add_parser(
+        "redis-users", help="make passwords and the access list for a Redis of one's own"
+    )
+    users.add_argument("folder", type=Path, help="where they are, or are to be")
+    users.add_argument("--run-id", help="the only run they are for; default: every run")
+    users.set_defaults(command=_redis_users)
     check = commands.add_parser("check", help="say whether a run file is right, and what it means")
     check.add_argument("file", type=Path, help="the run file (TOML)")
     check.set_defaults(command=_check)
+    planning = commands.add_parser(
+        "plan", help="how many replicas, how stale, how idle: by simulation of the run"
+    )
+    add_plan_arguments(planning)
+    planning.set_defaults(command=_plan)
     export = commands.add_parser("export", help="copy the trained model of a run")
     export.add_argument("folder", type=Path, help="the run's folder")
     export.add_argument("destination", type=Path, help="a folder that does not exist yet")
@@ -124,6 +136,13 @@ def _dead_letters(given: argparse.Namespace) -> int:
     return 0
 
 
+def _redis_users(given: argparse.Namespace) -> int:
+    from services.cli.redis_users import write_users
+
+    write_users(given.folder, run_id=given.run_id)
+    return 0
+
+
 def _check(given: argparse.Namespace) -> int:
     from services.cli.check import describe, notice_lines
     from shared.config import load_run_with_notices
@@ -131,6 +150,12 @@ def _check(given: argparse.Namespace) -> int:
     config, notices = load_run_with_notices(given.file)
     print("\n".join([*describe(config), *notice_lines(notices)]))
     return 0
+
+
+def _plan(given: argparse.Namespace) -> int:
+    from services.cli.plan.command import plan
+
+    return plan(given)
 
 
 def _export(given: argparse.Namespace) -> int:

@@ -1,0 +1,1 @@
+"""`isentrope plan`: what a fleet would do, by simulation."""
