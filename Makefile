@@ -7,7 +7,7 @@ PROTOS := $(wildcard protos/*.proto)
 SERVICE_PROTOS := $(shell grep -l '^service ' $(PROTOS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench bench-entropy bench-head bench-methods bench-publish bench-scale bench-wire chaos lint proto check-proto images manifests alerts dashboard monitor
+.PHONY: help setup demo test bench bench-entropy bench-head bench-methods bench-publish bench-scale bench-wire chaos fuzz lint proto check-proto images manifests alerts dashboard monitor
 
 help: ## Show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -48,10 +48,15 @@ bench-wire: setup ## Bytes a token on the streams, and how fast they are written
 chaos: setup ## Ten minutes of faults against a real run, and what was lost: kills, cut links, a full disk, poison
 	$(BIN)/python -m tests.chaos --minutes 10
 
-lint: setup check-proto ## Formatting, lint, types, generated code
+fuzz: MINUTES ?= 3
+fuzz: setup ## Hostile bytes to every gRPC method and every decoder: make fuzz MINUTES=3 SEED=x
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+lint: setup check-proto ## Formatting, lint, types, generated code, pins, licences, advisories
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python deploy/requirements/audit.py
 
 proto: export PATH := $(abspath $(BIN)):$(PATH)
 proto: setup ## Regenerate the Python of protos/*.proto

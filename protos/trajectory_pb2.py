@@ -24,29 +24,29 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/trajectory.proto\x12\x0cisentrope.v1\"I\n\x08GroupUid\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\r\n\x05index\x18\x03 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\"\xb3\x02\n\x0bPromptGroup\x12#\n\x03uid\x18\x01 \x01(\x0b\x32\x16.isentrope.v1.GroupUid\x12&\n\x07purpose\x18\x02 \x01(\x0e\x32\x15.isentrope.v1.Purpose\x12\x0c\n\x04task\x18\x03 \x01(\t\x12\x15\n\rproblem_index\x18\x04 \x01(\r\x12\x18\n\x10prompt_token_ids\x18\x05 \x01(\x0c\x12\x0e\n\x06\x61nswer\x18\x06 \x01(\t\x12\x12\n\ngroup_size\x18\x07 \x01(\r\x12\x13\n\x0btemperature\x18\x08 \x01(\x02\x12\x1d\n\x15max_completion_tokens\x18\t \x01(\r\x12\x1a\n\x12min_policy_version\x18\n \x01(\x03\x12\x16\n\tissued_at\x18\x0b \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_issued_at\"8\n\nVersionRun\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\"\x81\x01\n\nCompletion\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\x12\x1a\n\x12\x62\x65haviour_logprobs\x18\x02 \x01(\x0c\x12.\n\x0cversion_runs\x18\x03 \x03(\x0b\x32\x18.isentrope.v1.VersionRun\x12\x14\n\x0cis_truncated\x18\x04 \x01(\x08\"\xa1\x01\n\x0cRolloutGroup\x12)\n\x06prompt\x18\x01 \x01(\x0b\x32\x19.isentrope.v1.PromptGroup\x12-\n\x0b\x63ompletions\x18\x02 \x03(\x0b\x32\x18.isentrope.v1.Completion\x12\x0f\n\x07replica\x18\x03 \x01(\t\x12\x17\n\nsampled_at\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\r\n\x0b_sampled_at\"O\n\x05Score\x12&\n\x07outcome\x18\x01 \x01(\x0e\x32\x15.isentrope.v1.Outcome\x12\x0e\n\x06reward\x18\x02 \x01(\x02\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"\x97\x01\n\x0bScoredGroup\x12+\n\x07rollout\x18\x01 \x01(\x0b\x32\x1a.isentrope.v1.RolloutGroup\x12#\n\x06scores\x18\x02 \x03(\x0b\x32\x13.isentrope.v1.Score\x12\x10\n\x08verifier\x18\x03 \x01(\t\x12\x16\n\tscored_at\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_scored_at*G\n\x07Purpose\x12\x17\n\x13PURPOSE_UNSPECIFIED\x10\x00\x12\x11\n\rPURPOSE_TRAIN\x10\x01\x12\x10\n\x0cPURPOSE_EVAL\x10\x02*n\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x10\n\x0cOUTCOME_PASS\x10\x01\x12\x10\n\x0cOUTCOME_FAIL\x10\x02\x12\x11\n\rOUTCOME_ERROR\x10\x03\x12\x13\n\x0fOUTCOME_TIMEOUT\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/trajectory.proto\x12\x0cisentrope.v1\"I\n\x08GroupUid\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\r\n\x05index\x18\x03 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\"\xca\x02\n\x0bPromptGroup\x12#\n\x03uid\x18\x01 \x01(\x0b\x32\x16.isentrope.v1.GroupUid\x12&\n\x07purpose\x18\x02 \x01(\x0e\x32\x15.isentrope.v1.Purpose\x12\x0c\n\x04task\x18\x03 \x01(\t\x12\x15\n\rproblem_index\x18\x04 \x01(\r\x12\x18\n\x10prompt_token_ids\x18\x05 \x01(\x0c\x12\x0e\n\x06\x61nswer\x18\x06 \x01(\t\x12\x12\n\ngroup_size\x18\x07 \x01(\r\x12\x13\n\x0btemperature\x18\x08 \x01(\x02\x12\x1d\n\x15max_completion_tokens\x18\t \x01(\r\x12\x1a\n\x12min_policy_version\x18\n \x01(\x03\x12\x16\n\tissued_at\x18\x0b \x01(\x01H\x00\x88\x01\x01\x12\x15\n\rtrace_context\x18\x0c \x01(\x0c\x42\x0c\n\n_issued_at\"8\n\nVersionRun\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\"\x81\x01\n\nCompletion\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\x12\x1a\n\x12\x62\x65haviour_logprobs\x18\x02 \x01(\x0c\x12.\n\x0cversion_runs\x18\x03 \x03(\x0b\x32\x18.isentrope.v1.VersionRun\x12\x14\n\x0cis_truncated\x18\x04 \x01(\x08\"\xa1\x01\n\x0cRolloutGroup\x12)\n\x06prompt\x18\x01 \x01(\x0b\x32\x19.isentrope.v1.PromptGroup\x12-\n\x0b\x63ompletions\x18\x02 \x03(\x0b\x32\x18.isentrope.v1.Completion\x12\x0f\n\x07replica\x18\x03 \x01(\t\x12\x17\n\nsampled_at\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\r\n\x0b_sampled_at\"O\n\x05Score\x12&\n\x07outcome\x18\x01 \x01(\x0e\x32\x15.isentrope.v1.Outcome\x12\x0e\n\x06reward\x18\x02 \x01(\x02\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"\x97\x01\n\x0bScoredGroup\x12+\n\x07rollout\x18\x01 \x01(\x0b\x32\x1a.isentrope.v1.RolloutGroup\x12#\n\x06scores\x18\x02 \x03(\x0b\x32\x13.isentrope.v1.Score\x12\x10\n\x08verifier\x18\x03 \x01(\t\x12\x16\n\tscored_at\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_scored_at*G\n\x07Purpose\x12\x17\n\x13PURPOSE_UNSPECIFIED\x10\x00\x12\x11\n\rPURPOSE_TRAIN\x10\x01\x12\x10\n\x0cPURPOSE_EVAL\x10\x02*n\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x10\n\x0cOUTCOME_PASS\x10\x01\x12\x10\n\x0cOUTCOME_FAIL\x10\x02\x12\x11\n\rOUTCOME_ERROR\x10\x03\x12\x13\n\x0fOUTCOME_TIMEOUT\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.trajectory_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PURPOSE']._serialized_start=1015
-  _globals['_PURPOSE']._serialized_end=1086
-  _globals['_OUTCOME']._serialized_start=1088
-  _globals['_OUTCOME']._serialized_end=1198
+  _globals['_PURPOSE']._serialized_start=1038
+  _globals['_PURPOSE']._serialized_end=1109
+  _globals['_OUTCOME']._serialized_start=1111
+  _globals['_OUTCOME']._serialized_end=1221
   _globals['_GROUPUID']._serialized_start=41
   _globals['_GROUPUID']._serialized_end=114
   _globals['_PROMPTGROUP']._serialized_start=117
-  _globals['_PROMPTGROUP']._serialized_end=424
-  _globals['_VERSIONRUN']._serialized_start=426
-  _globals['_VERSIONRUN']._serialized_end=482
-  _globals['_COMPLETION']._serialized_start=485
-  _globals['_COMPLETION']._serialized_end=614
-  _globals['_ROLLOUTGROUP']._serialized_start=617
-  _globals['_ROLLOUTGROUP']._serialized_end=778
-  _globals['_SCORE']._serialized_start=780
-  _globals['_SCORE']._serialized_end=859
-  _globals['_SCOREDGROUP']._serialized_start=862
-  _globals['_SCOREDGROUP']._serialized_end=1013
+  _globals['_PROMPTGROUP']._serialized_end=447
+  _globals['_VERSIONRUN']._serialized_start=449
+  _globals['_VERSIONRUN']._serialized_end=505
+  _globals['_COMPLETION']._serialized_start=508
+  _globals['_COMPLETION']._serialized_end=637
+  _globals['_ROLLOUTGROUP']._serialized_start=640
+  _globals['_ROLLOUTGROUP']._serialized_end=801
+  _globals['_SCORE']._serialized_start=803
+  _globals['_SCORE']._serialized_end=882
+  _globals['_SCOREDGROUP']._serialized_start=885
+  _globals['_SCOREDGROUP']._serialized_end=1036
 # @@protoc_insertion_point(module_scope)

@@ -99,6 +99,7 @@ class PromptGroup(_message.Message):
     MAX_COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
     MIN_POLICY_VERSION_FIELD_NUMBER: _builtins.int
     ISSUED_AT_FIELD_NUMBER: _builtins.int
+    TRACE_CONTEXT_FIELD_NUMBER: _builtins.int
     purpose: Global___Purpose.ValueType
     task: _builtins.str
     problem_index: _builtins.int
@@ -114,6 +115,8 @@ class PromptGroup(_message.Message):
     """Sampled only by a replica that serves at least this version."""
     issued_at: _builtins.float
     """Unix seconds. Always set: it is written last, so that without it the message is cut short."""
+    trace_context: _builtins.bytes
+    """W3C traceparent of the last thing that was done with the group; empty if nobody traces it."""
     @_builtins.property
     def uid(self) -> Global___GroupUid: ...
     def __init__(
@@ -130,10 +133,11 @@ class PromptGroup(_message.Message):
         max_completion_tokens: _builtins.int = ...,
         min_policy_version: _builtins.int = ...,
         issued_at: _builtins.float | None = ...,
+        trace_context: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_issued_at", b"_issued_at", "issued_at", b"issued_at", "uid", b"uid"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_issued_at", b"_issued_at", "answer", b"answer", "group_size", b"group_size", "issued_at", b"issued_at", "max_completion_tokens", b"max_completion_tokens", "min_policy_version", b"min_policy_version", "problem_index", b"problem_index", "prompt_token_ids", b"prompt_token_ids", "purpose", b"purpose", "task", b"task", "temperature", b"temperature", "uid", b"uid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_issued_at", b"_issued_at", "answer", b"answer", "group_size", b"group_size", "issued_at", b"issued_at", "max_completion_tokens", b"max_completion_tokens", "min_policy_version", b"min_policy_version", "problem_index", b"problem_index", "prompt_token_ids", b"prompt_token_ids", "purpose", b"purpose", "task", b"task", "temperature", b"temperature", "trace_context", b"trace_context", "uid", b"uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__issued_at: _TypeAlias = _typing.Literal["issued_at"]  # noqa: Y015
     _WhichOneofArgType__issued_at: _TypeAlias = _typing.Literal["_issued_at", b"_issued_at"]  # noqa: Y015

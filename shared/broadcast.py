@@ -71,7 +71,7 @@ class GroupSpec:
             raise ValueError(f"backend must be gloo or nccl, not {self.backend!r}")
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank {self.rank} is not in a group of {self.world_size}")
-        if self.timeout_seconds <= 0:
+        if not self.timeout_seconds > 0:  # nan included
             raise ValueError(f"timeout_seconds must be positive, not {self.timeout_seconds}")
 
     def for_worker(self, worker: int) -> GroupSpec:

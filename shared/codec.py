@@ -11,6 +11,7 @@ times it at worst, for a payload of nothing but empty messages.
 
 from __future__ import annotations
 
+import math
 import sys
 from array import array
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from google.protobuf.message import DecodeError
 from protos import trajectory_pb2 as pb
 from shared.errors import StreamError
 from shared.records import (
+    MAX_GROUP_SIZE,
     Completion,
     GroupUid,
     Outcome,
@@ -33,6 +35,8 @@ from shared.records import (
 )
 
 _Number = TypeVar("_Number", int, float)
+
+_TRACE_CONTEXT_BYTES = 55
 
 CUT_SHORT = "it is cut short"
 """Fields are written in the order of their numbers; without the last, bytes are missing."""
@@ -214,6 +218,7 @@ def _prompt_message(group: PromptGroup) -> pb.PromptGroup:
         max_completion_tokens=group.max_completion_tokens,
         min_policy_version=group.min_policy_version,
         issued_at=group.issued_at,
+        trace_context=group.trace_context,
     )
 
 
@@ -221,7 +226,14 @@ def _prompt_record(message: pb.PromptGroup) -> PromptGroup:
     _require(message.HasField("issued_at"), CUT_SHORT)
     _require(message.HasField("uid"), "a group without uid")
     _require(message.purpose in _PURPOSES_BACK, f"purpose {message.purpose} is unknown")
-    _require(message.group_size > 0, "group_size = 0")
+    _require(
+        0 < message.group_size <= MAX_GROUP_SIZE,
+        f"group_size = {message.group_size}: need 1 to {MAX_GROUP_SIZE}",
+    )
+    _require(
+        0 < message.temperature < math.inf,
+        f"temperature = {message.temperature}: need a finite one above 0",
+    )
     prompt_token_ids = unpack_token_ids(message.prompt_token_ids)
     _require(len(prompt_token_ids) > 0, "a prompt without tokens")
     uid = message.uid
@@ -237,6 +249,7 @@ def _prompt_record(message: pb.PromptGroup) -> PromptGroup:
         max_completion_tokens=message.max_completion_tokens,
         min_policy_version=message.min_policy_version,
         issued_at=message.issued_at,
+        trace_context=message.trace_context[:_TRACE_CONTEXT_BYTES],
     )
 
 

@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 
 from protos import lease_pb2 as pb
 from shared.errors import StreamError
-from shared.redis_connection import Patience, translated
+from shared.redis_connection import REFUSED, Patience, translated
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +76,7 @@ class Registry:
         self._patience = patience or Patience()
         self._prefix = prefix
         self._index = prefix + "leases"
+        self._lease = prefix + "lease:"
         self._refresh = client.register_script(_REFRESH)
         self._release = client.register_script(_RELEASE)
 
@@ -84,7 +85,9 @@ class Registry:
 
         async def ask() -> list[bytes | None]:
             with translated(self._index):
-                keys = sorted(await self._client.smembers(self._index))
+                found = await self._client.smembers(self._index)
+                # What does not belong there would have the server refuse the whole question.
+                keys = sorted(key for key in found if key.startswith(self._lease.encode()))
                 return list(await self._client.mget(keys)) if keys else []
 
         values = await self._patience.outlast(ask)
@@ -139,7 +142,10 @@ class Registry:
                 return await self._client.get(key)
 
         value = await self._patience.outlast(ask)
-        return None if value is None else int(value)
+        try:
+            return None if value is None else int(value)
+        except ValueError:
+            raise StreamError(f"{key} holds {value[:40]!r}, which is no version") from None
 
     async def _keep(self, member: Member, seconds: float) -> None:
         value = _encode(member)
@@ -151,6 +157,8 @@ class Registry:
                         keys=[self._key(member), self._index], args=[value, int(seconds * 1000)]
                     )
             except StreamError as error:
+                if error.status == REFUSED:
+                    raise
                 logger.warning("lease of %s not refreshed: %s", member.name, error)
                 continue
             if not kept:
@@ -159,7 +167,7 @@ class Registry:
                 )
 
     def _key(self, member: Member) -> str:
-        return f"{self._prefix}lease:{member.role}:{member.name}"
+        return f"{self._lease}{member.role}:{member.name}"
 
 
 def _encode(member: Member) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
+from pathlib import Path
 
 from prometheus_client import (
     REGISTRY,
@@ -18,13 +19,15 @@ from prometheus_client import (
     Histogram,
     Info,
     disable_created_metrics,
-    start_http_server,
+    make_wsgi_app,
 )
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from shared.errors import StartError
+from shared.metrics_server import MetricsServer
+from shared.tls import Credentials
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
@@ -439,16 +442,17 @@ def describe_process(*, run_id: str, model: str, algorithm: str) -> None:
     RUN.info({"run": run_id, "model": model, "algorithm": algorithm})
 
 
-def serve_metrics(*, host: str, port: int) -> int:
-    """Serve `/metrics`; the port it really listens on.
+def serve_metrics(
+    *, host: str, port: int, tls: Credentials | None = None, token_file: Path | None = None
+) -> MetricsServer:
+    """Serve `/metrics`, and the health that it is told to; see `shared.metrics_server`.
 
     Raises:
-        StartError: the port is taken.
+        StartError: the port is taken, or there is no token in the file.
     """
     try:
-        server, _ = start_http_server(port, addr=host)
+        return MetricsServer(host, port, metrics=make_wsgi_app(), tls=tls, token_file=token_file)
     except OSError:
         raise StartError(
             f"network.metrics_port = {port}: taken on {host}; free it, or use 0 for any free port"
         ) from None
-    return int(server.server_port)

@@ -15,6 +15,7 @@ it, since an entry's id never comes again.
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from shared.codec import decode_completion, encode_completion
 from shared.errors import StreamError
 from shared.records import Completion, VersionRun
 from shared.stream import Entry
+
+_PLACE = re.compile(r"[0-9]{1,10}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +96,7 @@ def decode_pieces(fields: Mapping[bytes, bytes]) -> dict[int, Completion]:
     found: dict[int, dict[int, bytes]] = {}
     for name, payload in fields.items():
         number, _, start = name.decode(errors="replace").partition("/")
-        if not (number.isdecimal() and start.isdecimal()):
+        if not (_PLACE.fullmatch(number) and _PLACE.fullmatch(start)):
             raise StreamError(f"malformed piece: {name!r} is no place in a group")
         found.setdefault(int(number), {})[int(start)] = payload
     return {number: _joined(pieces) for number, pieces in found.items() if 0 in pieces}

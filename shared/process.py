@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -15,6 +16,9 @@ from pathlib import Path
 from shared.config import Environment, RunConfig, load_run
 from shared.errors import ConfigError, IsentropeError
 from shared.logs import configure_logging
+from shared.tls import Credentials
+
+logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
 
@@ -30,6 +34,8 @@ class ServiceArguments:
         name: of this replica, unique in its role.
         resume: learner only: go on from the newest checkpoint.
         stays: learner only: serve on after the last step, until told to end.
+        tls: what this process shows to peers and asks of them; None is plain text.
+        run_file: where `config` was read from, if from a file.
     """
 
     config: RunConfig
@@ -38,6 +44,8 @@ class ServiceArguments:
     name: str
     resume: bool
     stays: bool = False
+    tls: Credentials | None = None
+    run_file: Path | None = None
 
     @property
     def run_folder(self) -> Path:
@@ -126,7 +134,29 @@ def _parse(role: str, arguments: Sequence[str] | None) -> ServiceArguments:
         name=given.name or f"{role}-{os.getpid()}",
         resume=role == "learner" and given.resume,
         stays=role == "learner" and given.stay,
+        tls=_credentials(environment, config, role),
+        run_file=given.config,
     )
+
+
+def _credentials(environment: Environment, config: RunConfig, role: str) -> Credentials | None:
+    """Those of this process, if it was given any; else a warning where others can reach it.
+
+    Raises:
+        StartError: they do not hold together, or are another role's.
+    """
+    if environment.tls_folder is not None:
+        return Credentials.of_role(environment.tls_folder, role)
+    host = config.network.host
+    is_local = host in ("localhost", "::1") or host.startswith("127.")
+    # Rank 0 alone serves.
+    if environment.rank == 0 and not is_local:
+        logger.warning(
+            "%s is reached from other machines in plain text, by anybody: set ISENTROPE_TLS to a"
+            " folder with its certificate (deploy/SECURITY.md)",
+            host,
+        )
+    return None
 
 
 def _as_deployed(config: RunConfig, environment: Environment, role: str) -> RunConfig:

@@ -11,6 +11,9 @@ from array import array
 from dataclasses import dataclass
 from enum import Enum
 
+MAX_GROUP_SIZE = 4096
+"""Completions of a prompt: a number is all that asks for them, and each takes memory."""
+
 
 class Purpose(Enum):
     """What a prompt group is sampled for."""
@@ -66,8 +69,11 @@ class PromptGroup:
         problem_index: the problem in its task's split, for diagnostics per problem.
         prompt_token_ids: array("I").
         answer: what the task's scorer needs to judge a completion; task-defined text.
+        group_size: at most MAX_GROUP_SIZE.
+        temperature: finite, above 0.
         min_policy_version: a replica samples the group only once it serves this version.
         issued_at: Unix seconds.
+        trace_context: of the last span of its trace, as `shared.tracing` has it.
     """
 
     uid: GroupUid
@@ -81,6 +87,7 @@ class PromptGroup:
     max_completion_tokens: int
     min_policy_version: int
     issued_at: float
+    trace_context: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,26 +1,38 @@
 """The connection to a Redis server: made to outlive a restart of it, and named in its errors.
 
 Two waits follow on each other when the server is away. redis-py repeats a call for some seconds.
-Then it is a `StreamError` with status `AWAY`; whoever has a `Patience` waits on, and says so.
+Then it is a `StreamError` with status `AWAY`; whoever has a `Patience` waits on, and says so. A
+server that refuses a user is not away: that is said at once, with the user's name, and ends what
+was to be done.
+
+A `rediss://` address speaks TLS and checks the server's name. redis-py takes the files from the
+address, `?ssl_ca_certs=...&ssl_certfile=...&ssl_keyfile=...`; they are read for every handshake.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import redis.asyncio as redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+)
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from shared.errors import StartError, StreamError
+from shared.errors import ConfigError, StartError, StreamError
 
 RETRIES = 8
 """Of redis-py; they last about ten seconds, so a server's restart goes unnoticed."""
@@ -31,24 +43,49 @@ MAX_CONNECTIONS = 1024
 AWAY = "UNAVAILABLE"
 """`StreamError.status` of a server that does not answer, or refuses for the time being."""
 
+REFUSED = "PERMISSION_DENIED"
+"""Of a server that answers, and does not let this user in or do this: waiting does not help."""
+
 _RETRY_SECONDS = 0.5
 _REFUSALS = ("MISCONF", "MASTERDOWN", "NOREPLICAS", "CLUSTERDOWN")
 """Begin the answers of a server whose disk is full, or that is about to be replaced."""
+
+_TLS_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 
 _Answer = TypeVar("_Answer")
 
 
 def connect(url: str, *, timeout_seconds: float = 30.0, retries: int = RETRIES) -> Any:
-    """A client that repeats a call which did not reach the server."""
-    return redis.Redis.from_url(
-        url,
-        retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=2.0), retries),
-        retry_on_error=[RedisTimeoutError],
-        socket_connect_timeout=min(5.0, timeout_seconds),
-        socket_timeout=timeout_seconds,
-        health_check_interval=15,
-        max_connections=MAX_CONNECTIONS,
-    )
+    """A client that repeats a call which did not reach the server.
+
+    Raises:
+        ConfigError: the address is not one.
+    """
+    try:
+        client = _Client.from_url(url, **_options(timeout_seconds, retries))
+        pool: Any = client.connection_pool
+        if issubclass(pool.connection_class, redis.SSLConnection):
+            pool.connection_class = _FreshlyReadConnection
+        pool.make_connection()
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"redis.url or REDIS_URL = {shown(url)!r}: {error}; write it as redis://, rediss:// or"
+            " unix:// with parameters that redis-py knows"
+        ) from None
+    return client
+
+
+def _options(timeout_seconds: float, retries: int) -> dict[str, Any]:
+    return {
+        "retry": _RetryIfAway(ExponentialWithJitterBackoff(base=0.05, cap=2.0), retries),
+        "retry_on_error": [RedisTimeoutError],
+        "socket_connect_timeout": min(5.0, timeout_seconds),
+        "socket_timeout": timeout_seconds,
+        "health_check_interval": 15,
+        "max_connections": MAX_CONNECTIONS,
+        # It would tell the server the name of the library, for which a user needs one more right.
+        "driver_info": None,
+    }
 
 
 async def check_server(url: str, *, timeout_seconds: float) -> None:
@@ -64,6 +101,64 @@ async def check_server(url: str, *, timeout_seconds: float) -> None:
         await client.aclose()
 
 
+class _FreshlyReadConnection(redis.SSLConnection):
+    """redis-py keeps what it has read for as long as the process lives; certificates do not."""
+
+    async def _connect(self) -> None:
+        self.ssl_context.context = None
+        connect_anew: Any = super()._connect
+        await connect_anew()
+
+
+class _Client(redis.Redis):
+    """Says which user it is that a server refuses, and what to do."""
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        try:
+            run: Any = super().execute_command
+            return await run(*args, **options)
+        except RedisError as error:
+            if not _is_refusal(error):
+                raise
+            user = self.connection_pool.connection_kwargs.get("username") or "default"
+            raise RefusedError(
+                f"Redis refuses user {user!r} {args[0]} ({error}); REDIS_URL must name a user and"
+                " password of the server's access list, and `isentrope redis-users` writes one"
+                " that lets each service do its part"
+            ) from error
+
+
+class RefusedError(RedisError):
+    """The server does not let this user in, or not do this."""
+
+
+class _RetryIfAway(Retry):
+    """Repeats nothing that was refused: redis-py counts a wrong password as a lost connection."""
+
+    async def call_with_retry(
+        self, do: Any, fail: Any, is_retryable: Any = None, with_failure_count: bool = False
+    ) -> Any:
+        def is_away(error: Exception) -> bool:
+            is_final = _is_refusal(error) or _find(error, ssl.SSLError) is not None
+            return not is_final and (is_retryable is None or bool(is_retryable(error)))
+
+        return await super().call_with_retry(do, fail, is_away, with_failure_count)
+
+
+def _is_refusal(error: BaseException) -> bool:
+    is_inside_script = "ACL failure in script" in str(error)
+    refusals = (AuthenticationError, NoPermissionError)
+    return is_inside_script or _find(error, *refusals) is not None
+
+
+def _find(error: BaseException, *kinds: type[BaseException]) -> BaseException | None:
+    """The error itself or what it came from, whichever is of one of these kinds."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, kinds):
+        found = found.__cause__ or found.__context__
+    return found
+
+
 async def until_answered(client: Any, url: str, timeout_seconds: float) -> None:
     """Wait for the server's first answer.
 
@@ -74,10 +169,25 @@ async def until_answered(client: Any, url: str, timeout_seconds: float) -> None:
         async with asyncio.timeout(timeout_seconds):
             await client.ping()
     except (RedisError, OSError, TimeoutError) as error:
-        raise StartError(
-            f"redis.url = {shown(url)!r}: no answer ({error or type(error).__name__}); start Redis"
-            " there, or unset REDIS_URL and redis.url to let `isentrope up` start one"
-        ) from None
+        raise StartError(f"redis.url = {shown(url)!r}: {_why(error, url)}") from None
+
+
+def _why(error: Exception, url: str) -> str:
+    if isinstance(error, RefusedError):
+        return str(error)
+    parts, reason = urlsplit(url), str(error) or type(error).__name__
+    is_about_files = _find(error, ssl.SSLError, FileNotFoundError, PermissionError) is not None
+    if parts.scheme == "rediss" and is_about_files:
+        given = parse_qs(parts.query)
+        files = ", ".join(given[each][0] for each in _TLS_FILES if each in given)
+        return (
+            f"no TLS with it ({reason}); see that {files or '?ssl_ca_certs=FILE'} is there, not"
+            " expired, of the server's authority, and that its certificate names this host"
+        )
+    return (
+        f"no answer ({reason}); start Redis there, or unset REDIS_URL and redis.url to let"
+        " `isentrope up` start one"
+    )
 
 
 def shown(url: str) -> str:
@@ -149,9 +259,15 @@ def translated(key: str) -> Iterator[None]:
         yield
     except (RedisError, OSError) as error:
         _cancel_if_asked()
-        status = AWAY if _is_away(error) else ""
-        raise StreamError(f"{key}: {error or type(error).__name__}", status=status) from error
+        reason = str(error) or type(error).__name__
+        raise StreamError(f"{key}: {reason}", status=_status_of(error)) from error
     _cancel_if_asked()
+
+
+def _status_of(error: Exception) -> str:
+    if isinstance(error, RefusedError):
+        return REFUSED
+    return AWAY if _is_away(error) else ""
 
 
 def _is_away(error: Exception) -> bool:

@@ -8,21 +8,23 @@ The file then ends at an earlier moment of all streams together, and the learner
 was issued since (`services.learner.reconcile`): it costs samples, not correctness.
 
 It listens on a unix socket in a private folder: no port that another user of the machine could
-reach.
+reach. For a run it has that run's users, each with a password made at its start, so that what runs
+on one machine may do no more than it may on a cluster.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import shutil
 import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import redis
@@ -30,6 +32,7 @@ import redis.asyncio
 from redis.exceptions import RedisError
 
 from shared.errors import StartError
+from shared.redis_users import USERS, User, access_list
 
 _MAX_SOCKET_PATH = 100
 """Bytes; Linux takes 107, macOS 103."""
@@ -45,20 +48,34 @@ class RedisServer:
     Attributes:
         command: its command line; SIGTERM ends it with everything on the disk.
         socket_folder: only this user may enter it; remove it after the server.
+        passwords: of its users; empty where it lets everybody do everything.
     """
 
     command: tuple[str, ...]
-    url: str
+    socket: Path
     socket_folder: Path
+    passwords: Mapping[User, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def url(self) -> str:
+        """For a person; see `url_of` for the services."""
+        return self.url_of("operator")
+
+    def url_of(self, user: User) -> str:
+        """Where a user finds it, with the password."""
+        who = f"{user}:{self.passwords[user]}@" if self.passwords else ""
+        return f"unix://{who}{self.socket}"
 
     def remove_socket_folder(self) -> None:
         """Leave nothing behind; call it when the server has ended."""
         shutil.rmtree(self.socket_folder, ignore_errors=True)
 
 
-def prepare_redis(folder: Path) -> RedisServer:
+def prepare_redis(folder: Path, *, run_id: str | None = None) -> RedisServer:
     """A server that keeps its data in `folder`, and finds there what an earlier one left.
 
+    Args:
+        run_id: the run whose users it lets in, and nobody else; None lets everybody in.
     Raises:
         StartError: no bundled server for this platform, or the folder cannot be written.
     """
@@ -84,8 +101,18 @@ def prepare_redis(folder: Path) -> RedisServer:
         "maxmemory-policy": "noeviction",
         "daemonize": "no",
     }
+    passwords: dict[User, str] = {}
+    if run_id is not None:
+        passwords = {user: secrets.token_hex(24) for user in USERS}
+        options["aclfile"] = str(_write_users(passwords, run_id, socket_folder))
     flags = [text for name, value in options.items() for text in (f"--{name}", value)]
-    return RedisServer((binary, *flags), f"unix://{socket}", socket_folder)
+    return RedisServer((binary, *flags), socket, socket_folder, passwords)
+
+
+def _write_users(passwords: Mapping[User, str], run_id: str, folder: Path) -> Path:
+    path = folder / "users.acl"
+    path.write_text(access_list({user: [word] for user, word in passwords.items()}, run_id=run_id))
+    return path
 
 
 async def until_redis_answers(url: str, *, timeout_seconds: float) -> None:

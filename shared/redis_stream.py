@@ -75,7 +75,7 @@ class RedisStream:
             )
         )
         return [
-            Entry(id.decode(), fields[_FIELD], 1)
+            Entry(id.decode(), _payload(fields), 1)
             for _, entries in _by_stream(reply)
             for id, fields in entries
         ]
@@ -96,14 +96,17 @@ class RedisStream:
             found: list[Entry] = []
             start = "-"
             while page := await self._client.xrange(self._key, min=start, count=_PAGE):
-                found += [Entry(id.decode(), fields[_FIELD], 0) for id, fields in page]
+                found += [Entry(id.decode(), _payload(fields), 0) for id, fields in page]
                 start = f"({found[-1].id}"
             return found
 
         return await self._ask(read)
 
     async def labels(self) -> dict[str, str]:
-        reply = [each.decode() for each in await self._ask(lambda: self._labels(keys=self._keys))]
+        reply = [
+            each.decode(errors="replace")
+            for each in await self._ask(lambda: self._labels(keys=self._keys))
+        ]
         return dict(zip(reply[::2], reply[1::2], strict=True))
 
     async def acknowledge(self, ids: Sequence[str]) -> None:
@@ -211,7 +214,9 @@ class RedisStream:
         taken: list[Entry] = []
         for ids in _pages(list(deliveries)):
             claimed = await self._client.xclaim(self._key, self._group, consumer, idle_ms, ids)
-            taken += [Entry(id.decode(), fields[_FIELD], deliveries[id]) for id, fields in claimed]
+            taken += [
+                Entry(id.decode(), _payload(fields), deliveries[id]) for id, fields in claimed
+            ]
         return taken
 
 
@@ -308,6 +313,11 @@ async def open_streams(
 def key_prefix(run_id: str) -> str:
     """What every key of a run begins with; its hash tag keeps a run on one shard of a cluster."""
     return f"isentrope:{{{run_id}}}:"
+
+
+def _payload(fields: dict[bytes, bytes]) -> bytes:
+    """Of an entry; empty, which nothing decodes, of one that is not ours."""
+    return fields.get(_FIELD, b"")
 
 
 def _pages(ids: list[bytes]) -> Iterator[list[bytes]]:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from shared import tracing
 from shared.errors import PeerError, StartError
 from shared.metrics import RPC_HANDLED, RPC_SECONDS
+from shared.renewing_channel import RenewingChannel
+from shared.roles import Guard, peer_options
+from shared.tls import Credentials, Material
+from shared.unreadable import RefuseUnreadable
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 GRACE_SECONDS = 5.0
@@ -27,6 +32,12 @@ _OPTIONS = [
     ("grpc.so_reuseport", 0),  # a taken port must be an error, not a second listener
 ]
 
+# Who shook hands stays connected: a peer must show a certificate again now and then.
+_CERTIFIED_OPTIONS = [
+    ("grpc.max_connection_age_ms", 600_000),
+    ("grpc.max_connection_age_grace_ms", 3_600_000),
+]
+
 Response = TypeVar("Response")
 
 
@@ -37,21 +48,25 @@ class RpcServer:
     port: int
     health: health.aio.HealthServicer
     services: tuple[str, ...]
+    states: dict[str, bool] = field(default_factory=dict)
+
+    async def is_healthy(self, service: str) -> bool | None:
+        """What health says of a service or of `isentrope.progress`; None if it knows none such."""
+        return self.states.get(service)
 
     async def set_serving(self, is_serving: bool) -> None:
         """Readiness, as `grpc.health.v1` reports it for the server and each service."""
-        status = (
-            health_pb2.HealthCheckResponse.SERVING
-            if is_serving
-            else health_pb2.HealthCheckResponse.NOT_SERVING
-        )
         for name in ("", *self.services):
-            await self.health.set(name, status)
+            await self._set(name, is_serving)
 
     async def set_progressing(self, is_progressing: bool) -> None:
         """Liveness, as `grpc.health.v1` reports it for `isentrope.progress`."""
+        await self._set(PROGRESS, is_progressing)
+
+    async def _set(self, name: str, is_well: bool) -> None:
+        self.states[name] = is_well
         status = health_pb2.HealthCheckResponse
-        await self.health.set(PROGRESS, status.SERVING if is_progressing else status.NOT_SERVING)
+        await self.health.set(name, status.SERVING if is_well else status.NOT_SERVING)
 
 
 @asynccontextmanager
@@ -62,6 +77,7 @@ async def serve(
     port_key: str,
     services: Sequence[str],
     add: Callable[[grpc.aio.Server], None],
+    tls: Credentials | None = None,
 ) -> AsyncIterator[RpcServer]:
     """A gRPC server with health (not serving at first, and not stalled) and reflection.
 
@@ -69,10 +85,12 @@ async def serve(
         port_key: the configuration key of `port`, for the error message.
         services: full names, as `isentrope.v1.Rollout`.
         add: registers the servicers.
+        tls: peers must show a certificate, and may call what `shared.roles` lets their role;
+            without it, plain text and anybody.
     Raises:
         StartError: the port is taken.
     """
-    server = grpc.aio.server(interceptors=[_Measured()], options=_OPTIONS)
+    server = _server(tls)
     add(server)
     checker = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checker, server)
@@ -80,7 +98,7 @@ async def serve(
         [*services, health.SERVICE_NAME, reflection.SERVICE_NAME], server
     )
     try:
-        bound = server.add_insecure_port(f"{host}:{port}")
+        bound = _listen(server, f"{host}:{port}", tls)
     except RuntimeError:
         raise StartError(
             f"{port_key} = {port}: taken on {host}; free it, or use 0 for any free port"
@@ -97,9 +115,35 @@ async def serve(
         await server.stop(GRACE_SECONDS)
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
-    """A channel to `host:port`."""
-    return grpc.aio.insecure_channel(address, options=_OPTIONS)
+def _server(tls: Credentials | None) -> grpc.aio.Server:
+    guard, more = ([], []) if tls is None else ([Guard()], _CERTIFIED_OPTIONS)
+    return grpc.aio.server(
+        interceptors=[_Measured(), *guard, RefuseUnreadable()], options=[*_OPTIONS, *more]
+    )
+
+
+def _listen(server: grpc.aio.Server, address: str, tls: Credentials | None) -> int:
+    if tls is None:
+        return server.add_insecure_port(address)
+    return server.add_secure_port(address, tls.server_credentials())
+
+
+def open_channel(
+    address: str, *, role: str = "", tls: Credentials | None = None
+) -> grpc.aio.Channel:
+    """A channel to `host:port`.
+
+    Args:
+        role: which a server must prove to have there; not asked without `tls`.
+    """
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=_OPTIONS)
+    options = [*_OPTIONS, *peer_options(role)]
+
+    def open_with(material: Material) -> grpc.aio.Channel:
+        return grpc.aio.secure_channel(address, material.channel_credentials(), options=options)
+
+    return RenewingChannel(tls, open_with)
 
 
 async def call(
@@ -111,7 +155,9 @@ async def call(
         PeerError: the call failed; names the peer and the status.
     """
     try:
-        return await method(request, timeout=timeout_seconds)
+        with tracing.span(type(request).__name__, peer=peer):
+            metadata = tracing.call_metadata()
+            return await method(request, timeout=timeout_seconds, metadata=metadata)
     except grpc.aio.AioRpcError as error:
         status = error.code().name
         raise PeerError(
@@ -135,7 +181,8 @@ class _Measured(grpc.aio.ServerInterceptor):
         async def measured(request: Any, context: Any) -> Any:
             started = time.monotonic()
             try:
-                return await inner(request, context)
+                with tracing.served(method, context.invocation_metadata()):
+                    return await inner(request, context)
             finally:
                 code = context.code()
                 name = grpc.StatusCode.OK.name if not code else getattr(code, "name", str(code))

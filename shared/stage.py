@@ -17,6 +17,7 @@ from shared.dead_letters import bury
 from shared.errors import StreamError
 from shared.lease import Registry, Role
 from shared.metrics import BACKPRESSURE_SECONDS, REDELIVERED
+from shared.redis_connection import REFUSED
 from shared.stream import Entry, Stream, finish_when_room
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,9 @@ class Stage:
         """Claim while the gate opens; first what this name left pending when it last died.
 
         The gate is awaited before every claim; it may wait, and ends the stage with False.
+
+        Raises:
+            StreamError: Redis refuses this user; whoever is only out of reach is tried again.
         """
         backlog: list[Entry] | None = None
         self.activity.loop_enters(Phase.INPUT)
@@ -100,6 +104,8 @@ class Stage:
                     self._held.update(entry.id for entry in backlog)
                 await self._take(backlog)
             except StreamError as error:
+                if error.status == REFUSED:
+                    raise
                 logger.warning("%s is out of reach, trying again: %s", self._source.name, error)
                 await asyncio.sleep(RETRY_SECONDS)
         self.activity.loop_enters(Phase.ENDED)

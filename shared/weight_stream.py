@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 import torch
@@ -18,7 +19,9 @@ import torch
 from protos import learner_pb2 as pb
 from protos import learner_pb2_grpc as pb_grpc
 from shared.buckets import Bucket, Manifest, StagedWeights, add_checksums, checksum
-from shared.errors import BroadcastError
+from shared.errors import BroadcastError, StartError
+from shared.roles import LEARNER, peer_options
+from shared.tls import read_material
 from shared.weight_transfer import Received
 
 CHUNK_BYTES = 1 << 20
@@ -28,11 +31,17 @@ loop free in between."""
 
 @dataclass(frozen=True, slots=True)
 class WeightSource:
-    """Where a replica may fetch a version; the fields are those of the message in rollout.proto."""
+    """Where a replica may fetch a version; the fields are those of the message in rollout.proto.
+
+    Attributes:
+        tls_folder: the replica's own credentials, for whichever of its processes fetches; None is
+            plain text.
+    """
 
     address: str
     ticket: str
     timeout_seconds: float
+    tls_folder: str | None = None
 
 
 def weight_chunks(staged: StagedWeights) -> Iterator[bytes]:
@@ -62,7 +71,7 @@ def fetch_weights(
     staged = staged or StagedWeights(manifest, bucket_bytes=bucket_bytes)
     staged.clear()
     parts: list[int] = []
-    with grpc.insecure_channel(source.address) as channel:
+    with _open_channel(source) as channel:
         messages = pb_grpc.LearnerStub(channel).FetchWeights(
             pb.FetchWeightsRequest(ticket=source.ticket), timeout=source.timeout_seconds
         )
@@ -80,6 +89,19 @@ def fetch_weights(
                 status=error.code().name,
             ) from error
     return Received(staged.tensors(), add_checksums(parts), time.monotonic() - started)
+
+
+def _open_channel(source: WeightSource) -> grpc.Channel:
+    """Raises BroadcastError if the credentials do not hold together."""
+    if source.tls_folder is None:
+        return grpc.insecure_channel(source.address)
+    try:
+        material = read_material(Path(source.tls_folder))
+    except StartError as error:
+        raise BroadcastError(f"fetching weights from {source.address}: {error}") from None
+    return grpc.secure_channel(
+        source.address, material.channel_credentials(), options=peer_options(LEARNER)
+    )
 
 
 class _Bytes:

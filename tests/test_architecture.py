@@ -32,11 +32,12 @@ HOMES = {
         "services/rollout/vllm_requests.py",
         "services/rollout/weight_receiver.py",
     },
-    "deepspeed": {"services/learner/engine.py", "services/learner/ranks.py"},
+    "deepspeed": {"services/learner/zero.py", "services/learner/ranks.py"},
     "matplotlib": {"services/cli/figures.py"},
     "reasoning_gym": {"shared/tasks/reasoning_gym.py"},
     "math_verify": {"shared/tasks/math.py"},
-    "pickle": {"services/learner/engine.py"},  # names its error; nothing is pickled
+    "opentelemetry": {"shared/tracing.py"},
+    "pickle": {"services/learner/parts.py"},  # names its error; nothing is pickled
 }
 
 

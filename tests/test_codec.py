@@ -48,6 +48,7 @@ uint32 = st.integers(0, 2**32 - 1)
 version = st.integers(0, 2**63 - 1)
 float32 = st.floats(width=32, allow_nan=False)
 token_ids = st.integers(0, 2**31 - 1)
+temperatures = st.floats(width=32, min_value=0, exclude_min=True, allow_infinity=False)
 
 
 @st.composite
@@ -75,7 +76,7 @@ def scored_groups(draw: st.DrawFn) -> ScoredGroup:
         prompt_token_ids=array("I", draw(st.lists(token_ids, min_size=1, max_size=20))),
         answer=draw(st.text()),
         group_size=len(sampled),
-        temperature=draw(float32),
+        temperature=draw(temperatures),
         max_completion_tokens=draw(uint32),
         min_policy_version=draw(version),
         issued_at=draw(when),

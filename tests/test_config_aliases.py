@@ -60,6 +60,8 @@ FOREIGN: dict[str, Any] = {
     "learner.learning_rate": 5e-7,
     "learner.weight_decay": 0.1,
     "learner.max_grad_norm": 0.5,
+    "learner.micro_batch_tokens": 8192,
+    "learner.activation_checkpointing": True,
     "model.path": "some/model",
     "run.num_steps": 7,
 }
@@ -326,6 +328,7 @@ def test_the_clip_cov_recipe_of_verl_is_read_as_it_is_printed() -> None:
 SWITCHED = [
     ("algorithm.filter_groups.enable", "advantage.dynamic_sampling", True, False),
     ("grpo.use_dynamic_sampling", "advantage.dynamic_sampling", True, False),
+    ("ACTOR.use_dynamic_bsz", "learner.micro_batch_tokens", 16384, 16384),
     ("reward_model.overlong_buffer.enable", "advantage.overlong_buffer_len", 0, 0),
     ("ACTOR.use_kl_loss", "reference_kl.coef", 0.001, 0.0),
     ("SKYRL.use_kl_loss", "reference_kl.coef", 0.001, 0.0),

@@ -356,6 +356,49 @@ ROWS: dict[str, list[Panel]] = {
             ],
         ),
     ],
+    "Rollout engine": [
+        Panel(
+            "Requests in vLLM",
+            "short",
+            [
+                latest("vllm:num_requests_running", "instance", legend="running: {{instance}}"),
+                latest("vllm:num_requests_waiting", "instance", legend="waiting: {{instance}}"),
+            ],
+        ),
+        Panel(
+            "KV cache of vLLM",
+            "percentunit",
+            [latest("vllm:kv_cache_usage_perc", "instance")],
+        ),
+        Panel(
+            "Preemptions in vLLM, a second",
+            "short",
+            [rate("vllm:num_preemptions_total", "instance")],
+        ),
+        Panel(
+            "A request's time in vLLM's queue", "s", quantiles("vllm:request_queue_time_seconds")
+        ),
+        Panel(
+            "Time to a completion's first token", "s", quantiles("vllm:time_to_first_token_seconds")
+        ),
+        Panel("Time between two tokens", "s", quantiles("vllm:inter_token_latency_seconds")),
+        Panel(
+            "Tokens through vLLM, a second",
+            "short",
+            [
+                rate("vllm:prompt_tokens_total", legend="prompt"),
+                rate("vllm:generation_tokens_total", legend="completion"),
+            ],
+        ),
+        Panel(
+            "Prompt tokens asked of and found in the prefix cache, a second",
+            "short",
+            [
+                rate("vllm:prefix_cache_queries_total", legend="asked"),
+                rate("vllm:prefix_cache_hits_total", legend="found"),
+            ],
+        ),
+    ],
     "Verifier": [
         Panel("Time to score a completion", "s", quantiles("isentrope_verifier_duration_seconds")),
         Panel("Verdicts a second", "short", [rate("isentrope_verifier_results_total", "result")]),

@@ -1,6 +1,6 @@
-"""Print rules.yml as the PrometheusRule that the Prometheus operator reads.
+"""Print rules.yml as the PrometheusRule of the component `monitoring`; after each change of it:
 
-kubectl --namespace isentrope apply --filename <(python deploy/prometheus/kubernetes.py)
+python deploy/prometheus/kubernetes.py > deploy/kubernetes/components/monitoring/rules.yaml
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 HEAD = """\
+# Written from deploy/prometheus/rules.yml by deploy/prometheus/kubernetes.py.
 apiVersion: monitoring.coreos.com/v1
 kind: PrometheusRule
 metadata:

@@ -19,10 +19,13 @@ from pathlib import Path
 
 from services.cli.run_folder import RunFolder, existing_run
 from services.cli.status import redis_url_of
+from shared.config import Environment
 from shared.errors import IsentropeError, StartError, StreamError
 from shared.lease import Member, Registry
 from shared.redis_connection import connect
 from shared.redis_stream import key_prefix
+from shared.roles import METRICS_NAME, OPERATOR
+from shared.tls import AUTHORITIES, Credentials
 
 LOOK_SECONDS = 5.0
 GRACE_SECONDS = 10.0
@@ -97,9 +100,22 @@ def _lay_out(folder: RunFolder) -> Path:
     """The configuration beside the targets, since Prometheus reads both from one folder."""
     place = folder.path / "prometheus"
     place.mkdir(exist_ok=True)
-    for name in ("prometheus.yml", "rules.yml"):
-        shutil.copyfile(_HERE / name, place / name)
+    shutil.copyfile(_HERE / "rules.yml", place / "rules.yml")
+    configuration = (_HERE / "prometheus.yml").read_text("utf8")
+    (place / "prometheus.yml").write_text(configuration + _access(Environment.read()), "utf8")
     return place
+
+
+def _access(environment: Environment) -> str:
+    """What the last job, the run's, needs where services ask for a token, or serve by TLS."""
+    lines = []
+    if (folder := environment.tls_folder) is not None:
+        authorities = Credentials.find(folder, OPERATOR).folder / AUTHORITIES
+        lines += ["    scheme: https", "    tls_config:", f"      ca_file: {authorities}"]
+        lines += [f"      server_name: {METRICS_NAME}"]
+    if (token := environment.metrics_token_file) is not None:
+        lines += ["    authorization:", f"      credentials_file: {token.absolute()}"]
+    return "".join(f"{line}\n" for line in lines)
 
 
 async def _look(registry: Registry, place: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from services.cli.run_folder import RunFolder
 from shared.config import RunConfig
 from shared.errors import ConfigError
 
@@ -45,13 +46,23 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class RunIdentity:
-    """What every service of a run is told."""
+    """What every service of a run is told.
+
+    Attributes:
+        redis_url: a person's, and that of each role that has none of its own.
+        redis_urls: by role, where each has a user of its own.
+    """
 
     config: RunConfig
     run_file: Path
     run_id: str
     redis_url: str
     is_resumed: bool
+    redis_urls: Mapping[str, str] = field(default_factory=dict)
+
+    def redis_url_of(self, role: str) -> str:
+        """Where a service of that role finds Redis."""
+        return self.redis_urls.get(role, self.redis_url)
 
 
 Plan = Callable[[RunIdentity], Sequence[Launch]]
@@ -106,7 +117,8 @@ def check_ports(config: RunConfig) -> None:
 def restart_command(run: RunIdentity, launch: Launch) -> str:
     """What a person types to start a replica again."""
     command = _python(f"services.{launch.role}", *_common(run, launch.name))
-    return f"REDIS_URL={run.redis_url} {' '.join(command)}"
+    url_file = RunFolder(run.run_file.parent).redis_url_file_of(launch.role)
+    return f'REDIS_URL="$(cat {url_file})" {" ".join(command)}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,21 +193,22 @@ def free_port() -> int:
 
 def _verifier(run: RunIdentity, index: int) -> Launch:
     name = f"{VERIFIER}-{index}"
-    environment = _environment(run, threads=1) | {"CUDA_VISIBLE_DEVICES": ""}
+    environment = _environment(run, VERIFIER, threads=1) | {"CUDA_VISIBLE_DEVICES": ""}
     command = _python("services.verifier", *_common(run, name), "--exit-with-parent")
     return Launch(name, VERIFIER, command, environment)
 
 
 def _rollout(run: RunIdentity, index: int, gpus: GpuShares) -> Launch:
     name = f"{ROLLOUT}-{index}"
-    environment = _environment(run, threads=run.config.rollout.threads) | gpus.of_replica(index)
+    threads = run.config.rollout.threads
+    environment = _environment(run, ROLLOUT, threads=threads) | gpus.of_replica(index)
     command = _python("services.rollout", *_common(run, name), "--exit-with-parent")
     return Launch(name, ROLLOUT, command, environment)
 
 
 def _learner_ranks(run: RunIdentity, gpus: GpuShares) -> list[Launch]:
     threads, num_ranks = run.config.learner.threads, run.config.learner.num_ranks
-    shared = _environment(run, threads=threads) | {
+    shared = _environment(run, LEARNER, threads=threads) | {
         "WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
@@ -218,9 +231,9 @@ def _common(run: RunIdentity, name: str) -> list[str]:
     return ["--config", str(run.run_file), "--run-id", run.run_id, "--name", name]
 
 
-def _environment(run: RunIdentity, *, threads: int) -> dict[str, str]:
+def _environment(run: RunIdentity, role: str, *, threads: int) -> dict[str, str]:
     return {
-        "REDIS_URL": run.redis_url,
+        "REDIS_URL": run.redis_url_of(role),
         "OMP_NUM_THREADS": str(threads),
         "PYTHONUNBUFFERED": "1",
     }

@@ -126,6 +126,6 @@ def staleness_counts(row: Row) -> dict[int, int]:
 def _parse(line: bytes) -> Row | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None

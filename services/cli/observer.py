@@ -14,11 +14,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from protos import learner_pb2, learner_pb2_grpc, rollout_pb2, rollout_pb2_grpc, verifier_pb2_grpc
 from protos import verifier_pb2 as verifier_pb
 from services.cli.measurements import Row, RowReader
+from shared.config import Environment
 from shared.errors import PeerError, StreamError
 from shared.lease import Member, Registry
 from shared.redis_connection import connect
 from shared.redis_stream import key_prefix
+from shared.roles import OPERATOR
 from shared.rpc import PROGRESS, call, open_channel
+from shared.tls import Credentials
 
 _CALL_SECONDS = 2.0
 _STATE_PREFIX = "REPLICA_STATE_"
@@ -83,13 +86,31 @@ class View:
     trouble: str = ""
 
 
-class Observer:
-    """Looks at one run again and again; close it."""
+def own_credentials() -> Credentials | None:
+    """Those of a person who looks: an operator's where ISENTROPE_TLS has them, else those of the
+    service in whose pod the person is.
 
-    def __init__(self, *, redis_url: str, run_id: str, metrics: Path) -> None:
+    Raises:
+        StartError: they do not hold together.
+    """
+    folder = Environment.read().tls_folder
+    return None if folder is None else Credentials.find(folder, OPERATOR)
+
+
+class Observer:
+    """Looks at one run again and again; close it.
+
+    Args:
+        tls: what services are shown who ask for a certificate.
+    """
+
+    def __init__(
+        self, *, redis_url: str, run_id: str, metrics: Path, tls: Credentials | None = None
+    ) -> None:
         self._client = connect(redis_url, timeout_seconds=_CALL_SECONDS, retries=0)
         self._registry = Registry(self._client, prefix=key_prefix(run_id))
         self._rows = RowReader(metrics)
+        self._tls = tls
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     async def look(self) -> View:
@@ -124,7 +145,7 @@ class Observer:
             return ServiceView(member, answers=False, state="silent")
 
     async def _look_at_rollout(self, member: Member) -> ServiceView:
-        stub = rollout_pb2_grpc.RolloutStub(self._channel(member.address))
+        stub = rollout_pb2_grpc.RolloutStub(self._channel(member))
         status, is_stalled = await asyncio.gather(
             _ask(stub.GetStatus, rollout_pb2.GetRolloutStatusRequest(), member),
             self._is_stalled(member),
@@ -144,7 +165,7 @@ class Observer:
         )
 
     async def _look_at_verifier(self, member: Member) -> ServiceView:
-        stub = verifier_pb2_grpc.VerifierStub(self._channel(member.address))
+        stub = verifier_pb2_grpc.VerifierStub(self._channel(member))
         status, is_stalled = await asyncio.gather(
             _ask(stub.GetStatus, verifier_pb.GetVerifierStatusRequest(), member),
             self._is_stalled(member),
@@ -164,14 +185,14 @@ class Observer:
         return ServiceView(member, answers=True, state="up", is_stalled=is_stalled)
 
     async def _is_stalled(self, member: Member) -> bool:
-        stub: Any = health_pb2_grpc.HealthStub(self._channel(member.address))
+        stub: Any = health_pb2_grpc.HealthStub(self._channel(member))
         answer = await _ask(stub.Check, health_pb2.HealthCheckRequest(service=PROGRESS), member)
         return bool(answer.status == health_pb2.HealthCheckResponse.NOT_SERVING)
 
     async def _look_at_learner(self, learners: Sequence[Member]) -> LearnerView | None:
         if not learners:
             return None
-        stub = learner_pb2_grpc.LearnerStub(self._channel(learners[0].address))
+        stub = learner_pb2_grpc.LearnerStub(self._channel(learners[0]))
         try:
             status = await _ask(stub.GetStatus, learner_pb2.GetLearnerStatusRequest(), learners[0])
         except PeerError:
@@ -188,9 +209,10 @@ class Observer:
             seconds_without_step=status.seconds_without_step,
         )
 
-    def _channel(self, address: str) -> grpc.aio.Channel:
+    def _channel(self, member: Member) -> grpc.aio.Channel:
+        address = member.address
         if address not in self._channels:
-            self._channels[address] = open_channel(address)
+            self._channels[address] = open_channel(address, role=member.role, tls=self._tls)
         return self._channels[address]
 
     async def _forget_channels(self, wanted: Collection[str]) -> None:

@@ -1,8 +1,8 @@
 """The folder of a run: its files, its lock, which one is the newest.
 
 <run.directory>/<run id>/
-  run.toml  logs/<service>.log  redis/  redis-url  metrics.jsonl  ledger.jsonl  checkpoints/  model/
-  plots/  report.html
+  run.toml  logs/<service>.log  redis/  redis-url*  metrics.jsonl  ledger.jsonl  checkpoints/
+  model/  plots/  report.html
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import shutil
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from shared.config import RunConfig
 from shared.errors import ConfigError, StartError
+from shared.run_file import NAME, keep_run_file, unwritable
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -38,7 +38,7 @@ class RunFolder:
     @property
     def run_file(self) -> Path:
         """The run file that the services read."""
-        return self.path / "run.toml"
+        return self.path / NAME
 
     @property
     def logs(self) -> Path:
@@ -84,12 +84,20 @@ class RunFolder:
         """What the service called `name` printed."""
         return self.logs / f"{name}.log"
 
-    def write_redis_url(self, url: str) -> None:
-        """Tell `isentrope status` and a person where Redis is; the URL may hold a password."""
-        self.redis_url_file.unlink(missing_ok=True)
-        descriptor = os.open(self.redis_url_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(url + "\n")
+    def redis_url_file_of(self, role: str) -> Path:
+        """There while the run runs: for a service of that role that a person starts."""
+        return self.path / f"redis-url-{role}"
+
+    def write_redis_url(self, url: str, *, by_role: Mapping[str, str] | None = None) -> None:
+        """Tell `isentrope status` and a person where Redis is; URLs may hold passwords."""
+        _write_secret(self.redis_url_file, url)
+        for role, its_url in (by_role or {}).items():
+            _write_secret(self.redis_url_file_of(role), its_url)
+
+    def forget_redis_url(self) -> None:
+        """The run has ended."""
+        for path in self.path.glob("redis-url*"):
+            path.unlink(missing_ok=True)
 
     @contextmanager
     def lock(self) -> Iterator[int]:
@@ -165,6 +173,13 @@ def existing_run(path: Path) -> RunFolder:
     return folder
 
 
+def _write_secret(path: Path, text: str) -> None:
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text + "\n")
+
+
 def _checked(run_id: str | None) -> str | None:
     if run_id is not None and not _RUN_ID.fullmatch(run_id):
         raise ConfigError(
@@ -188,21 +203,8 @@ def _name_in(run_file: Path) -> str | None:
 
 
 def _put_run_file(folder: RunFolder, run_file: Path) -> None:
-    """Copy the run file in; one that it replaces and that differs is kept beside it."""
     try:
         folder.logs.mkdir(parents=True, exist_ok=True)
-        if folder.run_file.exists() and not run_file.samefile(folder.run_file):
-            _keep_if_different(folder.run_file, run_file)
-        if not folder.run_file.exists():
-            shutil.copyfile(run_file, folder.run_file)
-        os.utime(folder.run_file)
     except OSError as error:
-        raise StartError(
-            f"run.directory: {folder.path} cannot be written ({error}); make it writable or choose"
-            " another"
-        ) from None
-
-
-def _keep_if_different(old: Path, new: Path) -> None:
-    if old.read_bytes() != new.read_bytes():
-        os.replace(old, old.with_name(f"run-until-{time.strftime('%Y%m%d-%H%M%S')}.toml"))
+        raise unwritable(folder.path, error) from None
+    keep_run_file(folder.path, run_file)

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 
 from services.cli.law import law_lines
-from services.cli.observer import LearnerView, Observer, ServiceView, View
+from services.cli.observer import LearnerView, Observer, ServiceView, View, own_credentials
 from services.cli.progress import services_table
 from services.cli.run_folder import RunFolder
 from services.cli.words import duration
@@ -28,7 +28,12 @@ def print_status(folder: RunFolder) -> None:
 
 
 async def _look(folder: RunFolder, redis_url: str) -> View:
-    observer = Observer(redis_url=redis_url, run_id=folder.run_id, metrics=folder.metrics)
+    observer = Observer(
+        redis_url=redis_url,
+        run_id=folder.run_id,
+        metrics=folder.metrics,
+        tls=own_credentials(),
+    )
     try:
         return await observer.look()
     finally:
@@ -52,6 +57,8 @@ def redis_url_of(folder: RunFolder) -> str:
 
 
 def _remedy(folder: RunFolder) -> str:
+    if not folder.run_file.is_file():
+        return "the learner makes run.toml there when it starts; in a pod look at its log"
     directory = load_run(folder.run_file).run.directory
     return (
         f"start it with: isentrope up {folder.run_file} --resume --run-id {folder.run_id}"

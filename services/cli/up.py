@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from services.cli.check import check_task, notice_lines
 from services.cli.interrupt import Interrupt
@@ -32,12 +33,13 @@ from services.cli.launch import (
     restart_command,
 )
 from services.cli.measurements import latest, read_rows
-from services.cli.observer import Observer, View
+from services.cli.observer import Observer, View, own_credentials
 from services.cli.progress import LiveProgress, PlainProgress, Progress
 from services.cli.run_folder import RunFolder, new_run, resumed_run
 from services.cli.supervisor import Child, ServiceDiedError, Supervisor
 from services.cli.watch import Watch
 from shared.config import Environment, RunConfig, load_run_with_notices
+from shared.lease import Role
 from shared.redis_connection import check_server
 from shared.redis_server import RedisServer, prepare_redis, until_redis_answers
 from shared.tokenizer import check_model_path
@@ -118,7 +120,7 @@ class _Launcher:
                 work = asyncio.create_task(self._work(supervisor, server))
                 await interrupt.may_cancel(work)
         finally:
-            self._folder.redis_url_file.unlink(missing_ok=True)
+            self._folder.forget_redis_url()
         return None if interrupt.came else work.result()
 
     async def _work(self, supervisor: Supervisor, server: RedisServer | None) -> View:
@@ -156,13 +158,18 @@ class _Launcher:
         assert url is not None
         if server is not None:
             await self._start_redis(supervisor, server)
-        self._folder.write_redis_url(url)
+        roles: tuple[Role, ...] = get_args(Role)
+        redis_urls: dict[str, str] = {
+            role: url if server is None else server.url_of(role) for role in roles
+        }
+        self._folder.write_redis_url(url, by_role=redis_urls)
         return RunIdentity(
             config=self._config,
             run_file=self._folder.run_file,
             run_id=self._folder.run_id,
             redis_url=url,
             is_resumed=self._order.is_resumed,
+            redis_urls=redis_urls,
         )
 
     async def _start_redis(self, supervisor: Supervisor, server: RedisServer) -> None:
@@ -182,7 +189,10 @@ class _Launcher:
         self, supervisor: Supervisor, identity: RunIdentity, children: Sequence[Child]
     ) -> View:
         observer = Observer(
-            redis_url=identity.redis_url, run_id=identity.run_id, metrics=self._folder.metrics
+            redis_url=identity.redis_url,
+            run_id=identity.run_id,
+            metrics=self._folder.metrics,
+            tls=own_credentials(),
         )
         watch = Watch(
             supervisor=supervisor,
@@ -223,7 +233,9 @@ def _conclude(config: RunConfig, folder: RunFolder, view: View, *, wall_seconds:
 
 def _own_redis(config: RunConfig, folder: RunFolder) -> RedisServer | None:
     """A server to start, or None where the environment or the run file names one."""
-    return prepare_redis(folder.redis) if _given_redis_url(config) is None else None
+    if _given_redis_url(config) is not None:
+        return None
+    return prepare_redis(folder.redis, run_id=folder.run_id)
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
+from transformers import AutoConfig
+
 from protos import learner_pb2_grpc as pb_grpc
 from services.learner.catch_up import CatchUp
 from services.learner.engine import LearnerEngine
@@ -26,6 +28,7 @@ from services.learner.reconcile import Reconciler
 from services.learner.refit import Refitter
 from services.learner.service import SERVICE, LearnerServicer
 from services.learner.watchdog import Watchdog
+from shared import tracing
 from shared.config import RunConfig
 from shared.device import find_device
 from shared.lease import Registry
@@ -36,10 +39,12 @@ from shared.metrics import (
     serve_metrics,
     watch_steps,
 )
+from shared.metrics_server import MetricsServer
 from shared.process import ServiceArguments
 from shared.redis_connection import Patience, check_server
 from shared.redis_stream import Streams, open_streams
 from shared.rpc import serve
+from shared.run_file import keep_run_file
 from shared.tasks.registry import load_task
 from shared.tasks.task import Problem
 from shared.tokenizer import Tokenizer
@@ -57,6 +62,8 @@ async def run_rank(given: ServiceArguments, stop: asyncio.Event) -> None:
     if given.environment.rank == 0:
         timeout_seconds = given.config.network.call_timeout_seconds
         await check_server(given.redis_url, timeout_seconds=timeout_seconds)
+        if given.run_file is not None:
+            keep_run_file(given.run_folder, given.run_file)
     loop = asyncio.get_running_loop()
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
 
@@ -83,18 +90,23 @@ async def _lead(
 ) -> None:
     """Rank 0: serve, hold the lease, run the loop."""
     config, network, redis = given.config, given.config.network, given.config.redis
-    metrics_port = _serve_metrics(given)
+    metrics = _serve_metrics(given)
     progress = Progress()
     outage = Outage(given.redis_url, progress)
-    async with open_streams(
-        given.redis_url,
-        run_id=given.run_id,
-        prompts=redis.prompt_bounds,
-        groups=redis.group_bounds,
-        timeout_seconds=network.call_timeout_seconds,
-        patience=Patience(given.redis_url, seconds=redis.outage_seconds, told=outage.told),
-        retries=RETRIES,
-    ) as streams:
+    async with (
+        tracing.exporting(
+            given.environment.traces_endpoint, role="learner", name=given.name, run_id=given.run_id
+        ),
+        open_streams(
+            given.redis_url,
+            run_id=given.run_id,
+            prompts=redis.prompt_bounds,
+            groups=redis.group_bounds,
+            timeout_seconds=network.call_timeout_seconds,
+            patience=Patience(given.redis_url, seconds=redis.outage_seconds, told=outage.told),
+            retries=RETRIES,
+        ) as streams,
+    ):
         learner = _wire(given, streams, engine, on_engine, progress)
         catch_up = CatchUp(learner.publisher)
         servicer = LearnerServicer(
@@ -112,15 +124,17 @@ async def _lead(
                 port_key="network.learner_port",
                 services=[SERVICE],
                 add=lambda server: pb_grpc.add_LearnerServicer_to_server(servicer, server),
+                tls=given.tls,
             ) as server,
             registry.hold(
                 "learner",
                 CONSUMER,
                 address=f"{given.host}:{server.port}",
-                metrics_address=f"{given.host}:{metrics_port}",
+                metrics_address=f"{given.host}:{metrics.port}",
                 seconds=network.lease_seconds,
             ) as lease,
         ):
+            metrics.answer_health(server.is_healthy)
             await server.set_serving(True)
             watchdog = Watchdog(
                 progress=learner.progress,
@@ -216,6 +230,7 @@ def _wire(
         ledger,
         feeder,
         evaluator,
+        vocabulary=_vocabulary(config.model_path),
         on_evaluated=lambda metrics: learner.on_evaluated(metrics),
     )
     learner = Learner(
@@ -252,6 +267,7 @@ def _intake(
     feeder: Feeder,
     evaluator: Evaluator,
     *,
+    vocabulary: int,
     on_evaluated: Callable[[dict[str, Any]], None],
 ) -> tuple[Inbox, Reconciler]:
     """What takes groups, and what sees that those which are out can still come."""
@@ -262,6 +278,8 @@ def _intake(
         feeder=feeder,
         evaluator=evaluator,
         on_evaluated=on_evaluated,
+        vocabulary=vocabulary,
+        max_length=config.model.max_length,
         max_staleness=config.learner.max_staleness,
         max_attempts=config.redis.max_attempts,
         replace_degenerate=config.advantage.dynamic_sampling,
@@ -294,6 +312,7 @@ def _publisher(
         backend=backend,
         layout="pairs" if backend == "gloo" else "one",
         timeout_seconds=weights.timeout_seconds,
+        tls=given.tls,
     )
     refitter = Refitter(
         bucket_bytes=weights.bucket_mib * 2**20,
@@ -312,7 +331,7 @@ def _publisher(
     )
 
 
-def _serve_metrics(given: ServiceArguments) -> int:
+def _serve_metrics(given: ServiceArguments) -> MetricsServer:
     config = given.config
     describe_process(
         run_id=given.run_id, model=config.model_path, algorithm=config.policy_loss.loss_mode
@@ -322,7 +341,17 @@ def _serve_metrics(given: ServiceArguments) -> int:
         LEARNER_ENTROPY_BOUND.labels(bound="lower").set(band.entropy_low)
         LEARNER_ENTROPY_BOUND.labels(bound="upper").set(band.entropy_high)
     watch_steps()
-    return serve_metrics(host=config.network.host, port=config.network.metrics_port)
+    return serve_metrics(
+        host=config.network.host,
+        port=config.network.metrics_port,
+        tls=given.tls,
+        token_file=given.environment.metrics_token_file,
+    )
+
+
+def _vocabulary(model_path: str) -> int:
+    """Ids that the model's embedding has: more than its tokenizer knows, as a rule."""
+    return int(AutoConfig.from_pretrained(model_path).get_text_config().vocab_size)
 
 
 def _backend(config: RunConfig) -> Literal["gloo", "nccl"]:

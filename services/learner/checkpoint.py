@@ -98,16 +98,25 @@ def _free_name(root: Path, step: int) -> Path:
 
 def _read(folder: Path) -> Checkpoint:
     try:
-        listed = json.loads((folder / MANIFEST).read_text("utf8"))
+        listed = dict(json.loads((folder / MANIFEST).read_text("utf8")))
         for name, (size, crc) in listed.items():
-            if _fingerprint(folder / name) != (size, crc):
+            path = folder / name
+            # The size first: what is no file of the checkpoint may have no end.
+            if not _is_within(folder, path) or path.stat().st_size != size:
+                raise ValueError(f"{name} is not as it was written")
+            if _fingerprint(path) != (size, crc):
                 raise ValueError(f"{name} is not as it was written")
         state = json.loads((folder / STATE).read_text("utf8"))
         return Checkpoint(folder, int(state["step"]), state)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"{folder} is damaged ({error}); delete it to go back to the checkpoint before it"
         ) from None
+
+
+def _is_within(folder: Path, path: Path) -> bool:
+    """Whether it is a file of the checkpoint's own."""
+    return path.is_file() and path.resolve().is_relative_to(folder.resolve())
 
 
 def _write_manifest(folder: Path) -> None:

@@ -123,7 +123,8 @@ class Evaluator:
         """Take a result; the finished evaluation's metrics once it was the last one."""
         uid = group.rollout.prompt.uid
         evaluation = self._under_way.get(uid.epoch)
-        if evaluation is None or uid.index in evaluation.results:
+        is_asked = uid.run_id == self._run_id and uid.index < len(self._problems)
+        if evaluation is None or not is_asked or uid.index in evaluation.results:
             return None
         evaluation.results[uid.index] = _problem_result(group)
         distance = max(
@@ -261,8 +262,8 @@ class LawFit:
 
 
 def _problem_result(group: ScoredGroup) -> tuple[float, float, float]:
-    """Mean reward, share of passes, and 1.0 if any passed, over completions with a verdict."""
-    judged = [score for score in group.scores if score.outcome.is_verdict]
+    """Mean reward, share of passes, and 1.0 if any passed, over completions that were judged."""
+    judged = [score for score in group.scores if score.is_usable]
     if not judged:
         return 0.0, 0.0, 0.0
     passes = [score.outcome is Outcome.PASS for score in judged]

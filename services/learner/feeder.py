@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from services.learner.labels import label_of
 from services.learner.ledger import Ledger
+from shared import tracing
 from shared.codec import encode_prompt_group
 from shared.config import RunConfig
 from shared.metrics import BACKPRESSURE_SECONDS, LEARNER_REISSUED
@@ -78,13 +80,15 @@ class Feeder:
 
 
 async def put_group(prompts: Stream, group: PromptGroup) -> None:
-    """Put a group on `prompts` under its label, when there is room."""
-    await put_when_room(
-        prompts,
-        encode_prompt_group(group),
-        label=label_of(group),
-        on_wait=BACKPRESSURE_SECONDS.labels(stream=prompts.name).inc,
-    )
+    """Put a group on `prompts` under its label, when there is room; its trace begins here."""
+    uid, purpose = str(group.uid), group.purpose.value
+    with tracing.span("issue", began=group.issued_at, uid=uid, purpose=purpose) as span:
+        await put_when_room(
+            prompts,
+            encode_prompt_group(replace(group, trace_context=span.context)),
+            label=label_of(group),
+            on_wait=BACKPRESSURE_SECONDS.labels(stream=prompts.name).inc,
+        )
 
 
 def make_group(

@@ -14,7 +14,9 @@ from services.learner.peer import Peer, ask_each, left_behind
 from shared.broadcast import BroadcastGroup, GroupSpec, open_group, open_store
 from shared.errors import PeerError
 from shared.lease import Member, Registry
+from shared.roles import ROLLOUT
 from shared.rpc import open_channel
+from shared.tls import Credentials
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ class Fleet:
             newcomer disturbs nobody; the choice for gloo. `one` is a group of all that take part,
             formed anew when they are not the ones of last time: NCCL broadcasts to many at the
             price of one.
+        tls: for the channels to replicas.
     """
 
     def __init__(
@@ -40,12 +43,14 @@ class Fleet:
         backend: Literal["gloo", "nccl"],
         layout: Literal["pairs", "one"],
         timeout_seconds: float,
+        tls: Credentials | None = None,
     ) -> None:
         self._registry = registry
         self._host = host
         self._backend: Literal["gloo", "nccl"] = backend
         self._layout = layout
         self._timeout_seconds = timeout_seconds
+        self._tls = tls
         self._store = open_store(host)
         self._epoch = 0
         self._peers: dict[str, Peer] = {}
@@ -102,7 +107,7 @@ class Fleet:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _greet(self, member: Member) -> None:
-        channel = open_channel(member.address)
+        channel = open_channel(member.address, role=ROLLOUT, tls=self._tls)
         peer = Peer(member, channel, pb_grpc.RolloutStub(channel), num_workers=1)
         try:
             status = await peer.ask_status(timeout_seconds=self._timeout_seconds)

@@ -11,6 +11,7 @@ https://arxiv.org/abs/2503.14476) it is skipped and another prompt takes its pla
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection
@@ -19,13 +20,14 @@ from typing import Any
 from services.learner.evaluation import Evaluator
 from services.learner.feeder import Feeder
 from services.learner.ledger import Ledger
+from shared import tracing
 from shared.codec import decode_scored_group
 from shared.dead_letters import bury
 from shared.errors import StreamError
 from shared.metrics import LEARNER_ABANDONED, LEARNER_DEGENERATE, LEARNER_DROPPED
 from shared.records import Outcome, Purpose, ScoredGroup
 from shared.rl.staleness import staleness
-from shared.stream import Entry, Stream
+from shared.stream import SCORED, Entry, Stream
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,10 @@ MIN_JUDGED = 2
 
 class Inbox:
     """The only consumer of `scored`.
+
+    Args:
+        vocabulary: token ids of the model are below it.
+        max_length: of prompt and completion, in tokens.
 
     Attributes:
         dropped: groups of this process that were not trained on, by reason.
@@ -55,6 +61,8 @@ class Inbox:
         feeder: Feeder,
         evaluator: Evaluator,
         on_evaluated: Callable[[dict[str, Any]], None],
+        vocabulary: int,
+        max_length: int,
         max_staleness: int,
         max_attempts: int,
         replace_degenerate: bool,
@@ -71,6 +79,8 @@ class Inbox:
         self._feeder = feeder
         self._evaluator = evaluator
         self._on_evaluated = on_evaluated
+        self._vocabulary = vocabulary
+        self._max_length = max_length
         self._max_staleness = max_staleness
         self._max_attempts = max_attempts
         self._replace_degenerate = replace_degenerate
@@ -183,6 +193,7 @@ class Inbox:
         """The training group in `entry`; what else it may be is dealt with here."""
         try:
             group = decode_scored_group(entry.payload)
+            check_fits(group, vocabulary=self._vocabulary, max_length=self._max_length)
         except StreamError as error:
             await self._bury(entry, error)
             return None
@@ -260,10 +271,39 @@ class Inbox:
     def _drop(self, group: ScoredGroup, reason: str) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
         LEARNER_DROPPED.labels(reason=reason).inc(len(group.scores))
+        trace_end("drop", group, began=time.time(), reason=reason)
 
     async def _bury(self, entry: Entry, error: StreamError) -> None:
         LEARNER_DROPPED.labels(reason="malformed").inc()
         await bury(entry, self._scored, self._dead_letter, error=str(error))
+
+
+def check_fits(group: ScoredGroup, *, vocabulary: int, max_length: int) -> None:
+    """Whether the model can take the group; what it cannot would end the learner, or its step.
+
+    Raises:
+        StreamError: a token id that the model does not have, a trajectory that is too long, or a
+            log-prob that is not finite.
+    """
+    prompt = group.rollout.prompt.prompt_token_ids
+    for completion in group.rollout.completions:
+        largest = max(max(prompt), max(completion.token_ids))
+        if largest >= vocabulary:
+            raise StreamError(f"token id {largest}: the model has {vocabulary}")
+        length = len(prompt) + len(completion.token_ids)
+        if length > max_length:
+            raise StreamError(f"a trajectory of {length} tokens: the model takes {max_length}")
+        # Sums of finite float32 do not overflow; one that is not finite stays in the sum.
+        if not math.isfinite(sum(completion.behaviour_logprobs)):
+            raise StreamError("a behaviour log-prob is not finite")
+
+
+def trace_end(
+    name: str, group: ScoredGroup, *, began: float, **attributes: str | int | float
+) -> None:
+    """What the learner did with a group from `began`, Unix seconds; the end of its trace."""
+    context = group.rollout.prompt.trace_context
+    tracing.record(name, context, stream=SCORED, since=group.scored_at, began=began, **attributes)
 
 
 def is_degenerate(group: ScoredGroup) -> bool:

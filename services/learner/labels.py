@@ -17,5 +17,9 @@ def read_label(label: str, *, run_id: str) -> tuple[Purpose, GroupUid]:
     Raises:
         ValueError: it is no such label.
     """
-    purpose, epoch, index, attempt = label.split("/")
-    return Purpose(purpose), GroupUid(run_id, int(epoch), int(index), int(attempt))
+    purpose, *place = label.split("/")
+    epoch, index, attempt = map(int, place)
+    uid = GroupUid(run_id, epoch, index, attempt)
+    if not 0 <= min(epoch, index, attempt) <= max(epoch, index, attempt) < 2**32:
+        raise ValueError(f"no place of the prompt order: {uid}")
+    return Purpose(purpose), uid

@@ -84,7 +84,7 @@ class Ledger:
         """Count groups that the streams hold as issued: after a crash they are ahead of us."""
         for uid in uids:
             position = self.position(uid)
-            if not self.is_done(position):
+            if uid.index < self.num_problems and not self.is_done(position):
                 attempt = max(uid.attempt, self.outstanding.get(position, 0))
                 self.outstanding[position] = attempt
 

@@ -32,7 +32,7 @@ from services.learner.checkpoint import (
 )
 from services.learner.evaluation import Evaluator, LawFit
 from services.learner.feeder import Feeder
-from services.learner.inbox import Inbox, group_staleness
+from services.learner.inbox import Inbox, group_staleness, trace_end
 from services.learner.journal import Journal
 from services.learner.ledger import Ledger
 from services.learner.measures import StepReport
@@ -147,11 +147,14 @@ class Learner:
                 batch = await self.inbox.take_batch(
                     num_groups, policy_version=before, while_waiting=self._wait_for_groups
                 )
+        began = time.time()
         with self._phase("forward_backward", f"trains step {step}"):
             report: StepReport = await self.on_engine(
                 lambda: self.engine.train(batch, step=step, policy_version=before)
             )
         self._finish_groups(step, batch, policy_version=before)
+        for group in batch:
+            trace_end("train", group, began=began, step=step)
         self.progress.step_ended(step)
         publication = await self._publish()
         self._learn_entropy(before, report)
@@ -341,7 +344,7 @@ class Learner:
             self.ledger.load_state_dict(state["ledger"])
             self.evaluator.load_state_dict(state["evaluator"])
             self.law.load_state_dict(state["law"])
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{checkpoint.folder} is of another run or release ({error}); resume with the run"
                 " file and the release that wrote it"

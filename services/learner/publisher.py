@@ -29,6 +29,7 @@ from typing import Any, Protocol
 from services.learner.fleet import Fleet
 from services.learner.peer import CANARY, Peer, ask_each, left_behind, taking
 from services.learner.refit import Refitter, Version
+from shared import tracing
 from shared.broadcast import BroadcastGroup
 from shared.buckets import Manifest, StagedWeights
 from shared.errors import PeerError
@@ -181,6 +182,10 @@ class Publisher:
 
     async def publish(self, policy_version: int) -> Publication:
         """Bring every replica to `policy_version`; those that cannot be are left behind."""
+        with tracing.span("publish", policy_version=policy_version):
+            return await self._publish(policy_version)
+
+    async def _publish(self, policy_version: int) -> Publication:
         started = time.monotonic()
         await self.fleet.meet()
         if not self._manifest:

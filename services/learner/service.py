@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -75,6 +76,10 @@ class LearnerServicer(pb_grpc.LearnerServicer):
         except CheckpointError as error:
             await context.abort(grpc.StatusCode.ABORTED, str(error))
             raise AssertionError("abort raises") from error
+        finally:
+            # Else callers that give up would pile up until a step ends.
+            with suppress(ValueError):
+                self._progress.checkpoint_requests.remove(written)
 
     async def Stop(self, request: pb.StopRequest, context: Context) -> pb.StopResponse:
         self._progress.is_stopping = True

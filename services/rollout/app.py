@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Protocol
 
@@ -17,11 +17,13 @@ from services.rollout.replica import Event, Replica
 from services.rollout.sampler import Sampler
 from services.rollout.service import SERVICE, RolloutServicer, UpdatableEngine
 from services.rollout.vllm_launch import EngineSettings
+from shared import tracing
 from shared.config import RunConfig
 from shared.device import find_device
 from shared.errors import EngineError
 from shared.lease import Registry
 from shared.metrics import describe_process, serve_metrics
+from shared.metrics_server import Ask
 from shared.process import ServiceArguments
 from shared.redis_connection import check_server
 from shared.redis_partials import RedisPartials
@@ -76,14 +78,24 @@ async def serve_engine(
     describe_process(
         run_id=given.run_id, model=config.model_path, algorithm=config.policy_loss.loss_mode
     )
-    metrics_port = serve_metrics(host=config.network.host, port=config.network.metrics_port)
-    async with open_streams(
-        given.redis_url,
-        run_id=given.run_id,
-        prompts=redis.prompt_bounds,
-        groups=redis.group_bounds,
-        timeout_seconds=config.network.call_timeout_seconds,
-    ) as streams:
+    metrics = serve_metrics(
+        host=config.network.host,
+        port=config.network.metrics_port,
+        tls=given.tls,
+        token_file=given.environment.metrics_token_file,
+    )
+    async with (
+        tracing.exporting(
+            given.environment.traces_endpoint, role="rollout", name=given.name, run_id=given.run_id
+        ),
+        open_streams(
+            given.redis_url,
+            run_id=given.run_id,
+            prompts=redis.prompt_bounds,
+            groups=redis.group_bounds,
+            timeout_seconds=config.network.call_timeout_seconds,
+        ) as streams,
+    ):
         await run_replica(
             given,
             stop,
@@ -91,7 +103,8 @@ async def serve_engine(
             streams,
             replica=replica,
             stop_token_ids=stop_token_ids,
-            metrics_address=f"{given.host}:{metrics_port}",
+            metrics_address=f"{given.host}:{metrics.port}",
+            answer_health=metrics.answer_health,
         )
 
 
@@ -104,9 +117,12 @@ async def run_replica(
     replica: Replica,
     stop_token_ids: tuple[int, ...],
     metrics_address: str,
+    answer_health: Callable[[Ask], None] | None = None,
 ) -> None:
     """A replica's life, from a loaded engine to the last group in flight.
 
+    Args:
+        answer_health: is given what says how the replica does, once that is known.
     Raises:
         EngineError: the engine ended.
         StreamError: another process took this replica's name.
@@ -119,6 +135,7 @@ async def run_replica(
         replica=replica,
         sampler=sampler,
         max_length=given.config.model.max_length,
+        tls_folder=None if given.tls is None else str(given.tls.folder),
     )
     registry = Registry(streams.client, prefix=streams.prefix)
     # Before the lease: the learner calls whoever holds one.
@@ -130,6 +147,7 @@ async def run_replica(
             port_key="network.rollout_port",
             services=[SERVICE],
             add=lambda server: pb_grpc.add_RolloutServicer_to_server(servicer, server),
+            tls=given.tls,
         ) as server,
         registry.hold(
             "rollout",
@@ -140,6 +158,8 @@ async def run_replica(
         ) as lease,
         watched(sampler.report, server, "rollout", stall_seconds=stall_seconds),
     ):
+        if answer_health is not None:
+            answer_health(server.is_healthy)
         await server.set_serving(True)
         logger.info("replica %s listens on port %d", given.name, server.port)
         async with _sampling(given, sampler, registry) as sampling:

@@ -24,10 +24,12 @@ import uuid
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from services.rollout.concurrency import EngineLoad
 from services.rollout.engine_load import LoadRecorder
+from services.rollout.update_size import max_update_bytes
 from services.rollout.vllm_launch import EngineSettings, launch
 from services.rollout.vllm_requests import arrived, sampling_params, to_completion
 from shared.broadcast import GroupSpec
@@ -76,6 +78,7 @@ class VllmEngine:
         self._llm = llm
         self._settings = settings
         self._recorder = recorder
+        self._max_update_bytes = max_update_bytes(Path(settings.model_path))
         # Kept although it is idle: the kernel's "parent died" signal means the thread that forked.
         self._launcher = launcher
         self._processes = list(llm.engine_core.resources.engine_manager.processes)
@@ -126,6 +129,11 @@ class VllmEngine:
     def num_workers(self) -> int:
         """Workers that receive weights: each is a member of the broadcast."""
         return self._settings.tensor_parallel_size
+
+    @property
+    def max_update_bytes(self) -> int:
+        """No version of this model is larger, whatever the learner's dtype."""
+        return self._max_update_bytes
 
     @property
     def is_alive(self) -> bool:

@@ -106,7 +106,7 @@ class Replica:
             ValueError: the engine does not hold this version.
         """
         async with self._changed:
-            if policy_version != self.policy_version:
+            if policy_version != self.policy_version or policy_version < 0:
                 raise ValueError(
                     f"version {policy_version} is not loaded; {self.policy_version} is"
                 )

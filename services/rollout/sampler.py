@@ -13,12 +13,14 @@ import logging
 import time
 from array import array
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from services.rollout.concurrency import Change, Concurrency
 from services.rollout.draft import GroupDraft
 from services.rollout.keeper import Keeper
 from services.rollout.replica import Replica, State
 from services.rollout.requests import Engine, Requests
+from shared import tracing
 from shared.activity import Phase, Report
 from shared.codec import decode_prompt_group, encode_rollout_group
 from shared.errors import EngineError, StreamError
@@ -33,7 +35,7 @@ from shared.metrics import (
 )
 from shared.records import Completion, PromptGroup, RolloutGroup
 from shared.stage import RETRY_SECONDS, Stage, UnworkableError
-from shared.stream import Entry, Stream
+from shared.stream import PROMPTS, Entry, Stream
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +175,7 @@ class Sampler:
         """The rollout group of a prompt group; None if the replica drained first."""
         try:
             group = decode_prompt_group(entry.payload)
-            rollout = await self._sample_confirmed(entry, group)
+            rollout = await self._sample_traced(entry, group)
         except (StreamError, ValueError) as error:
             raise UnworkableError(str(error)) from None
         if rollout is None:
@@ -186,6 +188,28 @@ class Sampler:
         note = f"it has not brought version {version}"
         with self._stage.activity.waiting(entry_id, Phase.LEARNER, note):
             return await self._replica.wait_to_serve(min_policy_version=version)
+
+    async def _sample_traced(self, entry: Entry, group: PromptGroup) -> RolloutGroup | None:
+        with tracing.stage(
+            "sample",
+            group.trace_context,
+            stream=PROMPTS,
+            since=group.issued_at,
+            replica=self._name,
+            deliveries=entry.deliveries,
+        ) as span:
+            rollout = await self._sample_confirmed(entry, group)
+            if rollout is None:
+                return None
+            for number, completion in enumerate(rollout.completions):
+                for run in completion.version_runs:
+                    span.event(
+                        "version run",
+                        completion=number,
+                        policy_version=run.policy_version,
+                        num_tokens=run.num_tokens,
+                    )
+            return replace(rollout, prompt=replace(group, trace_context=span.context))
 
     async def _sample_confirmed(self, entry: Entry, group: PromptGroup) -> RolloutGroup | None:
         """Sample until every version seen was confirmed; None if that cannot be done here."""

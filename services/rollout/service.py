@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from array import array
+from math import inf
 from typing import Any, NoReturn, Protocol
 
 import grpc
@@ -13,8 +15,9 @@ from protos import rollout_pb2_grpc as pb_grpc
 from services.rollout.replica import Event, Replica, State
 from services.rollout.requests import Engine
 from services.rollout.sampler import Sampler
+from services.rollout.update_requests import read_canary, read_group, read_manifest, read_source
 from shared.broadcast import GroupSpec
-from shared.buckets import Manifest, ParameterSpec
+from shared.buckets import Manifest
 from shared.codec import completion_message, pack_logprobs, unpack_token_ids
 from shared.errors import BroadcastError, EngineError, StreamError
 from shared.metrics import (
@@ -51,6 +54,9 @@ class UpdatableEngine(Engine, Protocol):
     @property
     def num_workers(self) -> int: ...
 
+    @property
+    def max_update_bytes(self) -> int: ...
+
     async def join_group(self, spec: GroupSpec) -> None: ...
 
     async def begin_update(
@@ -82,12 +88,19 @@ class RolloutServicer(pb_grpc.RolloutServicer):
         replica: Replica,
         sampler: Sampler,
         max_length: int,
+        tls_folder: str | None = None,
     ) -> None:
+        """The servicer of one replica.
+
+        Args:
+            tls_folder: what the engine's workers show the learner when they fetch weights.
+        """
         self._name = name
         self._engine = engine
         self._replica = replica
         self._sampler = sampler
         self._max_length = max_length
+        self._tls_folder = tls_folder
         self._epoch: int | None = None
         self._update: tuple[int, int] | None = None
         self._committing: asyncio.Task[pb.CommitUpdateResponse] | None = None
@@ -118,17 +131,8 @@ class RolloutServicer(pb_grpc.RolloutServicer):
         if self._replica.is_ending:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "draining")
         try:
+            spec = read_group(request)
             await self._forget_update()
-            spec = GroupSpec(
-                epoch=request.epoch,
-                backend=request.backend,  # type: ignore[arg-type]
-                store_host=request.store_host,
-                store_port=request.store_port,
-                key=request.key,
-                rank=request.rank,
-                world_size=request.world_size,
-                timeout_seconds=request.timeout_seconds,
-            )
             with self._sampler.chore("joins a broadcast group"):
                 await self._engine.join_group(spec)
         except (BroadcastError, EngineError, ValueError) as error:
@@ -139,16 +143,14 @@ class RolloutServicer(pb_grpc.RolloutServicer):
     async def BeginUpdate(
         self, request: pb.BeginUpdateRequest, context: Context
     ) -> pb.BeginUpdateResponse:
-        source = _source(request)
-        if source is None and request.epoch != self._epoch:
+        if not request.HasField("source") and request.epoch != self._epoch:
             await context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"in epoch {self._epoch}, not {request.epoch}; join first",
             )
-        manifest = tuple(
-            ParameterSpec(each.name, each.dtype, tuple(each.shape)) for each in request.manifest
-        )
         try:
+            source = read_source(request, tls_folder=self._tls_folder)
+            manifest, size = read_manifest(request, max_bytes=self._engine.max_update_bytes)
             if request.is_left_behind:
                 await self._replica.handle(Event.LEFT_BEHIND)
                 await self._forget_update()
@@ -160,7 +162,6 @@ class RolloutServicer(pb_grpc.RolloutServicer):
                 )
         except (BroadcastError, EngineError, ValueError) as error:
             await _abort(context, error)
-        size = sum(spec.num_bytes for spec in manifest)
         self._update = (request.policy_version, size)
         return pb.BeginUpdateResponse()
 
@@ -173,24 +174,30 @@ class RolloutServicer(pb_grpc.RolloutServicer):
                 f"no update to version {request.policy_version} was begun",
             )
             raise AssertionError("abort raises")
+        try:
+            canary = read_canary(request, max_length=self._max_length)
+        except (StreamError, ValueError) as error:
+            await _abort(context, error)
         size, self._update = self._update[1], None
-        self._committing = asyncio.create_task(self._commit(request, size))
+        self._committing = asyncio.create_task(self._commit(request, canary, size))
         self._committing.add_done_callback(_retrieve)
         try:
             # A caller that gives up during the swap must not leave a version in that nobody noted.
             return await asyncio.shield(self._committing)
-        except (BroadcastError, EngineError, StreamError, ValueError) as error:
+        except (BroadcastError, EngineError, ValueError) as error:
             await _abort(context, error)
 
-    async def _commit(self, request: pb.CommitUpdateRequest, size: int) -> pb.CommitUpdateResponse:
+    async def _commit(
+        self, request: pb.CommitUpdateRequest, canary: array[int], size: int
+    ) -> pb.CommitUpdateResponse:
         version = request.policy_version
         try:
             with self._sampler.chore(f"takes version {version}"):
                 report = await self._load(request)
             self._checksum = report.checksum
             await self._replica.swapped(version)
-            canary = await self._engine.score_tokens(unpack_token_ids(request.canary_token_ids))
-        except (BroadcastError, EngineError, StreamError, ValueError):
+            logprobs = await self._engine.score_tokens(canary)
+        except (BroadcastError, EngineError, ValueError):
             WEIGHT_SYNC_OPERATIONS.labels(result="error").inc()
             raise
         WEIGHT_SYNC_BYTES.inc(size)
@@ -200,7 +207,7 @@ class RolloutServicer(pb_grpc.RolloutServicer):
         WEIGHT_SYNC_SECONDS.labels(phase="swap").observe(report.pause_seconds)
         return pb.CommitUpdateResponse(
             checksum=report.checksum,
-            canary_logprobs=pack_logprobs(canary),
+            canary_logprobs=pack_logprobs(logprobs),
             receive_seconds=report.receive_seconds,
             load_seconds=report.load_seconds,
             pause_seconds=report.pause_seconds,
@@ -249,7 +256,7 @@ class RolloutServicer(pb_grpc.RolloutServicer):
             await self._engine.abort_update()
         except EngineError as error:
             await _abort(context, error)
-        if request.policy_version == self._replica.policy_version:
+        if 0 <= request.policy_version == self._replica.policy_version:
             WEIGHT_SYNC_OPERATIONS.labels(result="canary").inc()
             await self._replica.judged(request.policy_version, is_confirmed=False)
         return pb.AbortUpdateResponse()
@@ -277,10 +284,10 @@ class RolloutServicer(pb_grpc.RolloutServicer):
                 f"{len(prompt)} prompt tokens and num_completions = {request.num_completions}:"
                 " give a prompt and 1 to 1024 completions"
             )
-        if not 0 < request.max_completion_tokens <= room or request.temperature <= 0:
+        if not 0 < request.max_completion_tokens <= room or not 0 < request.temperature < inf:
             raise ValueError(
                 f"max_completion_tokens = {request.max_completion_tokens}, temperature ="
-                f" {request.temperature}: need 1 to {room}, and above 0"
+                f" {request.temperature}: need 1 to {room}, and finite above 0"
             )
         return await self._sampler.sample(
             prompt,
@@ -288,13 +295,6 @@ class RolloutServicer(pb_grpc.RolloutServicer):
             temperature=request.temperature,
             max_completion_tokens=request.max_completion_tokens,
         )
-
-
-def _source(request: pb.BeginUpdateRequest) -> WeightSource | None:
-    if not request.HasField("source"):
-        return None
-    source = request.source
-    return WeightSource(source.address, source.ticket, source.timeout_seconds)
 
 
 def _retrieve(committing: asyncio.Task[pb.CommitUpdateResponse]) -> None:
@@ -305,12 +305,7 @@ def _retrieve(committing: asyncio.Task[pb.CommitUpdateResponse]) -> None:
 
 async def _abort(context: Context, error: Exception) -> NoReturn:
     """Answer with the status that the .proto promises for this error."""
-    codes = {
-        BroadcastError: grpc.StatusCode.ABORTED,
-        EngineError: grpc.StatusCode.UNAVAILABLE,
-        StreamError: grpc.StatusCode.INVALID_ARGUMENT,
-        ValueError: grpc.StatusCode.INVALID_ARGUMENT,
-    }
+    codes = {BroadcastError: grpc.StatusCode.ABORTED, EngineError: grpc.StatusCode.UNAVAILABLE}
     logger.warning("refused: %s", error)
-    await context.abort(codes[type(error)], str(error))
+    await context.abort(codes.get(type(error), grpc.StatusCode.INVALID_ARGUMENT), str(error))
     raise AssertionError("abort raises")

@@ -10,6 +10,7 @@ from services.verifier.sandbox import ScoringPool
 from services.verifier.scoring import check_scorer
 from services.verifier.service import SERVICE, VerifierServicer
 from services.verifier.worker import Worker
+from shared import tracing
 from shared.lease import Registry
 from shared.metrics import describe_process, serve_metrics
 from shared.process import ServiceArguments
@@ -32,6 +33,9 @@ async def serve_verifier(given: ServiceArguments, stop: asyncio.Event) -> None:
     tokenizer = Tokenizer(config.model_path)
     async with (
         ScoringPool(config.task, config.verifier) as pool,
+        tracing.exporting(
+            given.environment.traces_endpoint, role="verifier", name=given.name, run_id=given.run_id
+        ),
         open_streams(
             given.redis_url,
             run_id=given.run_id,
@@ -68,7 +72,12 @@ async def _serve(
         model=given.config.model_path,
         algorithm=given.config.policy_loss.loss_mode,
     )
-    metrics_port = serve_metrics(host=network.host, port=network.metrics_port)
+    metrics = serve_metrics(
+        host=network.host,
+        port=network.metrics_port,
+        tls=given.tls,
+        token_file=given.environment.metrics_token_file,
+    )
     registry = Registry(streams.client, prefix=streams.prefix)
     async with (
         serve(
@@ -77,16 +86,18 @@ async def _serve(
             port_key="network.verifier_port",
             services=[SERVICE],
             add=lambda server: pb_grpc.add_VerifierServicer_to_server(servicer, server),
+            tls=given.tls,
         ) as server,
         registry.hold(
             "verifier",
             given.name,
             address=f"{given.host}:{server.port}",
-            metrics_address=f"{given.host}:{metrics_port}",
+            metrics_address=f"{given.host}:{metrics.port}",
             seconds=network.lease_seconds,
         ) as lease,
         watched(worker.report, server, "verifier", stall_seconds=stall_seconds),
     ):
+        metrics.answer_health(server.is_healthy)
         await server.set_serving(True)
         logger.info("verifier %s listens on port %d", given.name, server.port)
         working = asyncio.create_task(worker.run(stop), name="worker")

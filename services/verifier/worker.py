@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
+from dataclasses import replace
 
 from services.verifier.sandbox import ScoringPool
 from services.verifier.scoring import score_group
+from shared import tracing
 from shared.activity import Report
 from shared.codec import decode_rollout_group, encode_scored_group
 from shared.errors import StreamError
+from shared.records import RolloutGroup, ScoredGroup
 from shared.stage import Stage, UnworkableError
-from shared.stream import Entry, Stream
+from shared.stream import ROLLOUTS, Entry, Stream
 from shared.tokenizer import Tokenizer
 
 STOP_SECONDS = 20.0
@@ -74,15 +77,26 @@ class Worker:
     async def _score(self, entry: Entry) -> bytes:
         try:
             group = decode_rollout_group(entry.payload)
-            scored = await score_group(
-                self._pool,
-                self._tokenizer,
-                group,
-                verifier=self._name,
-                on_score=self._stage.activity.progress,
-            )
+            scored = await self._score_traced(group)
         except StreamError as error:
             raise UnworkableError(str(error)) from None
         self.groups_scored += 1
         self.completions_scored += len(scored.scores)
         return encode_scored_group(scored)
+
+    async def _score_traced(self, group: RolloutGroup) -> ScoredGroup:
+        with tracing.stage(
+            "score",
+            group.prompt.trace_context,
+            stream=ROLLOUTS,
+            since=group.sampled_at,
+            verifier=self._name,
+        ) as span:
+            prompt = replace(group.prompt, trace_context=span.context)
+            return await score_group(
+                self._pool,
+                self._tokenizer,
+                replace(group, prompt=prompt),
+                verifier=self._name,
+                on_score=self._stage.activity.progress,
+            )

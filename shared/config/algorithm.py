@@ -144,7 +144,9 @@ class PolicyLossConfig(Section):
     """Accept selection shares above 0.05, which usually are percentages by mistake."""
 
     scope: Literal["global", "micro"] = "global"
-    """Select over the whole optimiser mini-batch on all ranks, or per micro-batch as verl."""
+    """Select over the whole optimiser mini-batch on all ranks, or per micro-batch as verl: then
+    the choice moves with learner.micro_batch_tokens, the number of ranks and the model's size,
+    which decide what completions share a micro-batch."""
 
     selection_logprobs: Literal["current", "proximal"] = "current"
     """What selects, by covariance or by entropy: the weights being trained, which costs a forward

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from shared.errors import ConfigError
 
@@ -21,6 +22,11 @@ class Environment:
         bind_host, port, metrics_port: `ISENTROPE_BIND`, `ISENTROPE_PORT`, `ISENTROPE_METRICS_PORT`;
             win over the `[network]` of the run file, which then is the same everywhere.
         rank, local_rank, world_size: `RANK`, `LOCAL_RANK`, `WORLD_SIZE` as torchrun sets them.
+        tls_folder: `ISENTROPE_TLS`; folder with tls.crt, tls.key and ca.crt, or with a subfolder of
+            these for each role. Unset is plain text.
+        metrics_token_file: `ISENTROPE_METRICS_TOKEN_FILE`; who asks for metrics must know what it
+            holds. Unset is nobody's need.
+        traces_endpoint: `OTEL_EXPORTER_OTLP_ENDPOINT`; where traces go. Unset is nowhere.
         master_address, master_port: `MASTER_ADDR`, `MASTER_PORT` of the learner's ranks.
     """
 
@@ -34,6 +40,9 @@ class Environment:
     bind_host: str | None = None
     port: int | None = None
     metrics_port: int | None = None
+    tls_folder: Path | None = None
+    metrics_token_file: Path | None = None
+    traces_endpoint: str | None = None
 
     @classmethod
     def read(cls, variables: Mapping[str, str] | None = None) -> Environment:
@@ -58,6 +67,9 @@ class Environment:
             bind_host=given.get("ISENTROPE_BIND") or None,
             port=_port(given, "ISENTROPE_PORT"),
             metrics_port=_port(given, "ISENTROPE_METRICS_PORT"),
+            tls_folder=_path(given, "ISENTROPE_TLS"),
+            metrics_token_file=_path(given, "ISENTROPE_METRICS_TOKEN_FILE"),
+            traces_endpoint=given.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None,
         )
 
 
@@ -67,6 +79,10 @@ def _integer(variables: Mapping[str, str], name: str, default: int) -> int:
         return int(text)
     except ValueError:
         raise ConfigError(f"{name} = {text!r}: must be a whole number") from None
+
+
+def _path(variables: Mapping[str, str], name: str) -> Path | None:
+    return Path(variables[name]) if variables.get(name) else None
 
 
 def _port(variables: Mapping[str, str], name: str) -> int | None:

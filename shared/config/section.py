@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from shared.records import MAX_GROUP_SIZE
+
 
 class Section(BaseModel):
     """A frozen table of the run file; an unknown key is an error."""
@@ -19,6 +21,9 @@ class Section(BaseModel):
 
 Count = Annotated[int, Field(ge=1)]
 """A number of things, at least one."""
+
+GroupSize = Annotated[int, Field(ge=1, le=MAX_GROUP_SIZE)]
+"""Completions of one prompt."""
 
 Index = Annotated[int, Field(ge=0)]
 """A number of things that may be zero."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from shared.config.section import Count, Index, Port, Seconds, Section
+from shared.config.section import Count, GroupSize, Index, Port, Seconds, Section
 from shared.stream import Bounds
 
 Dtype = Literal["float32", "bfloat16"]
@@ -151,7 +151,7 @@ class RolloutConfig(Section):
     num_replicas: Index = 2
     """Replicas that `isentrope up` starts; a cluster may run any number."""
 
-    group_size: Count = 8
+    group_size: GroupSize = 8
     """Completions per prompt."""
 
     max_completion_tokens: Count = 1024
@@ -249,7 +249,12 @@ class LearnerConfig(Section):
     """DeepSpeed ZeRO: 1 shards optimiser state, 2 gradients too, 3 parameters too."""
 
     micro_batch_tokens: Count = 16384
-    """Padded tokens of one forward and backward pass per rank."""
+    """Tokens, prompts included, of one forward and backward pass per rank; completions are packed
+    one after another without padding, and a longer one is a pass by itself."""
+
+    activation_checkpointing: bool = False
+    """Keep what goes from layer to layer, and compute the rest again in the backward pass: less
+    memory, about a third more time."""
 
     logit_chunk_tokens: Count = 384
     """Tokens whose logits are held at a time, from the forward pass to the end of the backward
@@ -304,7 +309,7 @@ class EvaluationConfig(Section):
     num_problems: Count = 100
     """First problems of the task's evaluation split."""
 
-    group_size: Count = 4
+    group_size: GroupSize = 4
     """Completions per problem."""
 
     temperature: Annotated[float, Field(gt=0)] = 1.0

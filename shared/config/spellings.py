@@ -92,6 +92,8 @@ _SAME_MEANING: Mapping[str, str] = {
     "learner.groups_per_batch": "data.train_batch_size trainer.train_batch_size"
     " grpo.num_prompts_per_step",
     "learner.learning_rate": "ACTOR.optim.lr",
+    "learner.activation_checkpointing": "actor_rollout_ref.model.enable_gradient_checkpointing",
+    "learner.micro_batch_tokens": "ACTOR.ppo_max_token_len_per_gpu",
     "learner.weight_decay": "ACTOR.optim.weight_decay",
     "learner.max_grad_norm": "ACTOR.grad_clip",
     "model.path": "actor_rollout_ref.model.path",
@@ -250,6 +252,7 @@ _SWITCH_TABLE: tuple[tuple[str, Switch], ...] = (
             governs=("max_num_gen_batches",),
         ),
     ),
+    ("ACTOR.use_dynamic_bsz", Switch(governs=("ppo_max_token_len_per_gpu",))),
     ("reward_model.overlong_buffer.enable", Switch(governs=("len", "penalty_factor"))),
     (
         "ACTOR.use_kl_loss SKYRL.use_kl_loss",

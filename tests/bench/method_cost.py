@@ -91,8 +91,8 @@ class Size:
     logit_chunk_tokens: int
 
     @property
-    def padded_tokens(self) -> int:
-        """Of the whole batch in one rectangle, at most."""
+    def num_tokens(self) -> int:
+        """Of the whole batch, at most."""
         longest = self.prompt_tokens[1] + self.completion_tokens[1]
         return self.groups * self.group_size * longest
 
@@ -215,7 +215,7 @@ class Bench:
         return Seconds(time.process_time() - cpu, time.perf_counter() - wall)
 
     def _config(self, layout: Layout, method: Document) -> RunConfig:
-        tokens = self._size.padded_tokens // layout.optimizer_steps // layout.micro_batches
+        tokens = self._size.num_tokens // layout.optimizer_steps // layout.micro_batches
         learner = {
             "groups_per_batch": self._size.groups,
             "optimizer_steps_per_batch": layout.optimizer_steps,

@@ -132,6 +132,8 @@ class Bench:
             feeder=self._feeder,
             evaluator=evaluator,
             on_evaluated=lambda metrics: None,
+            vocabulary=1 << 31,  # there is no model
+            max_length=config.model.max_length,
             max_staleness=MAX_STALENESS,
             max_attempts=config.redis.max_attempts,
             replace_degenerate=False,

@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from services.learner.balance import PassCost
 from services.learner.batch import Batch, MicroBatch, build_batch, collate, plan_micro_batches
 from shared.codec import (
     decode_rollout_group,
@@ -223,6 +224,7 @@ def micro_batches(batch: Batch, config: RunConfig) -> list[MicroBatch]:
         range(len(batch.rows)),
         num_ranks=1,
         micro_batch_tokens=config.learner.micro_batch_tokens,
+        cost=PassCost(per_token=1),
     )
     return [collate(batch, rows) for rows in plan[0]]
 

@@ -24,7 +24,8 @@ def main() -> int:
     def launch(run: RunIdentity, name: str, words: list[str]) -> Launch:
         folder = str(run.run_file.parent)
         command = (sys.executable, str(STAND_IN), name.split("-")[0], name, folder, *words)
-        return Launch(name, name.split("-")[0], command, {"REDIS_URL": run.redis_url})
+        role = name.split("-")[0]
+        return Launch(name, role, command, {"REDIS_URL": run.redis_url_of(role)})
 
     return cli.main(sys.argv[2:], plan=plan)
 

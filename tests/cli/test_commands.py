@@ -202,7 +202,7 @@ def test_services_are_started_with_what_they_need(monkeypatch: pytest.MonkeyPatc
     assert all("--exit-with-parent" in each.command for each in launches.values())
     assert [("--resume" in each.command) for each in launches.values()] == [False] * 3 + [True] * 2
     command = restart_command(identity(text), launches["rollout-1"])
-    assert command.startswith("REDIS_URL=unix:///s ")
+    assert command.startswith('REDIS_URL="$(cat redis-url-rollout)" ')
     assert command.endswith(
         " -m services.rollout --config run.toml --run-id demo-1 --name rollout-1"
     )

@@ -143,7 +143,7 @@ def test_a_replica_that_dies_only_degrades_and_is_welcomed_back(
         env={
             **os.environ,
             "PYTHONPATH": str(REPOSITORY),
-            "REDIS_URL": (folder / "redis-url").read_text().strip(),
+            "REDIS_URL": (folder / "redis-url-rollout").read_text().strip(),
         },
     )
     try:
@@ -154,7 +154,8 @@ def test_a_replica_that_dies_only_degrades_and_is_welcomed_back(
             said.append(line)
             if "rollout-0 is back" in line:
                 break
-        command = r"REDIS_URL=unix://\S+ \S+ -m services.rollout --config \S+run.toml --run-id \S+"
+        url = r'REDIS_URL="\$\(cat \S+/redis-url-rollout\)"'
+        command = url + r" \S+ -m services.rollout --config \S+run.toml --run-id \S+"
         assert re.search(command + " --name rollout-0", "".join(said))
         assert "warning: rollout-0 exited with status 3; training goes on" in "".join(said)
         status = subprocess.run(
@@ -166,7 +167,11 @@ def test_a_replica_that_dies_only_degrades_and_is_welcomed_back(
         )
         assert "doing               training" in status.stdout
         assert "rollout-0" in status.stdout
-        assert (folder / "redis-url").stat().st_mode & 0o777 == 0o600
+        assert {path.name for path in folder.glob("redis-url*")} == {
+            "redis-url", "redis-url-learner", "redis-url-rollout", "redis-url-verifier",
+        }  # fmt: skip
+        assert {path.stat().st_mode & 0o777 for path in folder.glob("redis-url*")} == {0o600}
+        assert "@" not in "".join(said), "a password is printed"
     finally:
         launcher.process.send_signal(signal.SIGTERM)
         again.terminate()
@@ -216,7 +221,7 @@ def test_ctrl_c_ends_the_learner_first_and_says_how_to_go_on(
         f"stopped. To go on: isentrope up run.toml --resume --run-id {launcher.folder.name}"
     )
     assert errors == ""
-    assert not (launcher.folder / "redis-url").exists()
+    assert not list(launcher.folder.glob("redis-url*"))
     assert launcher.left() == []
 
 

@@ -1,8 +1,8 @@
 """A run with every real part, as a person starts it, and what can be seen of it from outside.
 
-`Up` is one `isentrope up` in a process of its own, not a terminal. Its folder is the working
-directory and the temporary folder of every process it starts, so that `processes_in` finds them
-all, whatever they call themselves.
+`Up` is one `isentrope up` in a process of its own, not a terminal; its services have certificates,
+and ask for them. Its folder is the working directory and the temporary folder of every process it
+starts, so that `processes_in` finds them all, whatever they call themselves.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -31,6 +32,10 @@ from services.cli.measurements import is_step, read_rows
 from shared.lease import Member, Registry
 from shared.redis_connection import connect
 from shared.redis_stream import key_prefix
+from shared.roles import OPERATOR, peer_options
+from shared.rpc import PROGRESS
+from shared.tls import Credentials
+from tests.security.identities import TOKEN, secure_machine
 
 RUN_ID = "run"
 PATIENCE_SECONDS = 240.0
@@ -87,7 +92,7 @@ class Up:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "services.cli", "up", str(run_file), *arguments],
                 cwd=folder,
-                env={**_inherited(), "TMPDIR": str(folder / "tmp")},
+                env={**_inherited(), "TMPDIR": str(folder / "tmp"), **secure_machine(folder)},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=errors,
@@ -184,8 +189,36 @@ class Up:
 
     @contextmanager
     def learner(self) -> Iterator[learner_pb2_grpc.LearnerStub]:
-        with grpc.insecure_channel(self.members()["learner"].address) as channel:
+        with self.open(self.members()["learner"]) as channel:
             yield learner_pb2_grpc.LearnerStub(channel)
+
+    def open(self, member: Member) -> grpc.Channel:
+        """A channel to a service, with an operator's certificate."""
+        shown = Credentials.of_role(self.folder / "tls", OPERATOR).current()
+        options = peer_options(member.role)
+        return grpc.secure_channel(member.address, shown.channel_credentials(), options=options)
+
+    def rollout_status(self, member: Member) -> rollout_pb.GetRolloutStatusResponse:
+        with self.open(member) as channel:
+            stub = rollout_pb2_grpc.RolloutStub(channel)
+            return stub.GetStatus(rollout_pb.GetRolloutStatusRequest(), timeout=CALL_SECONDS)
+
+    def scrape(self, member: Member) -> dict[str, Metric]:
+        """The service's `/metrics`, by family."""
+        text = self._get(member, "/metrics", {"Authorization": f"Bearer {TOKEN}"})
+        return {family.name: family for family in text_string_to_metric_families(text)}
+
+    def probe(self, member: Member) -> str:
+        """What a kubelet without a certificate is told; an error unless that is well."""
+        return self._get(member, "/health/", {}) + self._get(member, f"/health/{PROGRESS}", {})
+
+    def _get(self, member: Member, path: str, headers: dict[str, str]) -> str:
+        asked = urllib.request.Request(f"https://{member.metrics_address}{path}", headers=headers)
+        trusted = ssl.create_default_context(cafile=self.folder / "tls" / OPERATOR / "ca.crt")
+        trusted.check_hostname = False  # the name is `metrics.isentrope`, wherever it is
+        with urllib.request.urlopen(asked, timeout=CALL_SECONDS, context=trusted) as answer:
+            text: str = answer.read().decode()
+        return text
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -223,20 +256,6 @@ def write_run_file(folder: Path, *, model: Path, num_steps: int, max_staleness: 
         )
     )
     return path
-
-
-def rollout_status(member: Member) -> rollout_pb.GetRolloutStatusResponse:
-    with grpc.insecure_channel(member.address) as channel:
-        stub = rollout_pb2_grpc.RolloutStub(channel)
-        return stub.GetStatus(rollout_pb.GetRolloutStatusRequest(), timeout=CALL_SECONDS)
-
-
-def scrape(member: Member) -> dict[str, Metric]:
-    """The service's `/metrics`, by family."""
-    url = f"http://{member.metrics_address}/metrics"
-    with urllib.request.urlopen(url, timeout=CALL_SECONDS) as answer:
-        text = answer.read().decode()
-    return {family.name: family for family in text_string_to_metric_families(text)}
 
 
 def sample(families: dict[str, Metric], name: str, **labels: str) -> float:

@@ -37,9 +37,7 @@ from tests.end_to_end.real_run import (
     Up,
     positions,
     processes_in,
-    rollout_status,
     sample,
-    scrape,
     write_run_file,
 )
 
@@ -80,6 +78,7 @@ class Seen:
     members: dict[str, Member]
     metrics: dict[str, dict[str, Metric]]
     health: dict[str, int]
+    probed: dict[str, str]
     reflected: dict[str, set[str]]
     replicas: dict[str, rollout_pb.GetRolloutStatusResponse]
     generated: dict[str, rollout_pb.GenerateResponse]
@@ -112,7 +111,7 @@ def finished(
 
 def look(up: Up, model: Path) -> Seen:
     members = up.members()
-    channels = {name: grpc.insecure_channel(each.address) for name, each in members.items()}
+    channels = {name: up.open(each) for name, each in members.items()}
     replicas = [name for name, each in members.items() if each.role == "rollout"]
     prompt = Tokenizer(str(model)).encode_prompt(PROMPT)
     try:
@@ -121,16 +120,17 @@ def look(up: Up, model: Path) -> Seen:
             steps=up.steps,
             learner=up.learner_status(),
             members=members,
-            metrics={name: scrape(member) for name, member in members.items()},
+            metrics={name: up.scrape(member) for name, member in members.items()},
             health={
                 name: is_serving(channel, NAMES[members[name].role])
                 for name, channel in channels.items()
             },
+            probed={name: up.probe(member) for name, member in members.items()},
             reflected={
                 name: set(ProtoReflectionDescriptorDatabase(channel).get_services())
                 for name, channel in channels.items()
             },
-            replicas={name: rollout_status(members[name]) for name in replicas},
+            replicas={name: up.rollout_status(members[name]) for name in replicas},
             generated={name: generate(channels[name], prompt) for name in replicas},
             scored=score(channels["verifier-0"]),
         )
@@ -171,6 +171,7 @@ def test_every_service_is_healthy_and_describes_itself(finished: Finished) -> No
     seen = finished.seen
     assert set(seen.members) == {"learner", "rollout-0", "rollout-1", "verifier-0"}
     assert set(seen.health.values()) == {health_pb2.HealthCheckResponse.SERVING}
+    assert set(seen.probed.values()) == {"OK\nOK\n"}
     for name, member in seen.members.items():
         assert NAMES[member.role] in seen.reflected[name]
         assert "grpc.health.v1.Health" in seen.reflected[name]

@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import pytest
 import pytest_asyncio
+from prometheus_client import REGISTRY
 from transformers import Qwen2ForCausalLM
 
 from services.rollout.app import run_replica
@@ -37,6 +38,7 @@ from shared.weight_transfer import send_weights
 from tests.factories import make_prompt
 from tests.integration.tiny_qwen import TOLERANCE, VOCABULARY, random_model, reference_logprobs
 from tests.learner.publishing import learner_side, replica_arguments
+from tests.observability.catalogue import engine_series
 from tests.rollout.scene import Scene
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
@@ -213,6 +215,21 @@ async def test_a_prompt_that_does_not_fit_is_refused_and_the_engine_goes_on(
     with pytest.raises(ValueError):
         await sample(engine, "not-a-token", prompt=(VOCABULARY + 5,))
     assert len((await sample(engine, "after")).token_ids) == 20
+
+
+async def test_the_engine_exports_every_series_that_its_source_declares(
+    engine: VllmEngine,
+) -> None:
+    """The dashboard's queries are checked against the source, which takes no engine."""
+    await sample(engine, "counted")
+    exported = {
+        each.name: frozenset(each.labels)
+        for family in REGISTRY.collect()
+        for each in family.samples
+    }
+    declared = dict(engine_series())
+    assert len(declared) > 50
+    assert {name: exported.get(name) for name in declared} == declared
 
 
 async def test_a_cancelled_request_frees_its_place(engine: VllmEngine) -> None:

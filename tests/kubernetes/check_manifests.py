@@ -24,7 +24,14 @@ from pathlib import Path
 
 import yaml
 
-from tests.kubernetes import custom_resources, network, references, run_file, workloads
+from tests.kubernetes import (
+    certificates,
+    custom_resources,
+    network,
+    references,
+    run_file,
+    workloads,
+)
 from tests.kubernetes.kustomize import (
     HOW_TO_GET_KUBECTL,
     KUBERNETES,
@@ -44,6 +51,7 @@ CHECKS: tuple[Callable[[Sequence[Manifest]], Iterator[str]], ...] = (
     network.problems,
     run_file.problems,
     custom_resources.problems,
+    certificates.problems,
 )
 
 _NO_SCHEMA = "Couldn't find schema for kind"

@@ -50,7 +50,7 @@ def healthy() -> list[Manifest]:
             "redis",
             spec={
                 "secretTargetRef": [
-                    {"parameter": "password", "name": "redis-auth", "key": "password"}
+                    {"parameter": "password", "name": "redis-auth", "key": "monitor"}
                 ]
             },
         ),
@@ -142,9 +142,9 @@ def _service(name: str) -> Manifest:
             {"name": "ISENTROPE_METRICS_PORT", "value": "9464"},
             {
                 "name": "REDIS_PASSWORD",
-                "valueFrom": {"secretKeyRef": {"name": "redis-auth", "key": "password"}},
+                "valueFrom": {"secretKeyRef": {"name": "redis-auth", "key": name}},
             },
-            {"name": "REDIS_URL", "value": "redis://:$(REDIS_PASSWORD)@redis:6379/0"},
+            {"name": "REDIS_URL", "value": f"redis://{name}:$(REDIS_PASSWORD)@redis:6379/0"},
         ],
         "startupProbe": ready,
         "readinessProbe": ready,

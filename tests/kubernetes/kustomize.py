@@ -24,16 +24,19 @@ COMBINATIONS = {
         ["keda-rollouts"],
         ["kueue"],
         ["monitoring"],
+        ["monitoring", "mtls"],
+        ["mtls"],
         ["redis-tls"],
         ["sandbox"],
     ],
-    "single-node-8gpu": [["rdma", "keda-rollouts", "monitoring", "redis-tls", "sandbox"]],
+    "single-node-8gpu": [["rdma", "keda-rollouts", "monitoring", "mtls", "redis-tls", "sandbox"]],
     "multi-node": [
         [],
         ["kueue"],
+        ["mtls"],
         ["rdma"],
         ["redis-tls"],
-        ["keda-rollouts", "kueue", "rdma", "redis-tls", "sandbox"],
+        ["keda-rollouts", "kueue", "mtls", "rdma", "redis-tls", "sandbox"],
     ],
 }
 """Components laid over each overlay; multi-node holds gpu, learner-lws, keda, monitoring."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from tests.kubernetes.manifests import Manifest, Pod, named, of_kind, pods, selects, title
 
-EXTERNAL_SECRETS = {"redis-auth", "redis-tls"}
+EXTERNAL_SECRETS = {"metrics-token", "redis-auth", "redis-tls"}
 """Made by whoever owns the cluster; deploy/README.md says how."""
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
@@ -113,7 +113,7 @@ def _port_names(pod: Pod) -> set[str]:
 def _sources(pod: Pod, manifests: Sequence[Manifest]) -> Iterator[str]:
     known = {
         "ConfigMap": named(manifests, "ConfigMap"),
-        "Secret": named(manifests, "Secret") | EXTERNAL_SECRETS,
+        "Secret": named(manifests, "Secret") | EXTERNAL_SECRETS | _issued(manifests),
         "PersistentVolumeClaim": named(manifests, "PersistentVolumeClaim"),
         "ServiceAccount": named(manifests, "ServiceAccount"),
         "PriorityClass": named(manifests, "PriorityClass"),
@@ -121,6 +121,11 @@ def _sources(pod: Pod, manifests: Sequence[Manifest]) -> Iterator[str]:
     for kind, name in _wanted(pod):
         if name not in known[kind]:
             yield f"{pod.owner}: {kind} {name!r} is not there"
+
+
+def _issued(manifests: Sequence[Manifest]) -> set[str]:
+    """Secrets that cert-manager writes."""
+    return {each["spec"]["secretName"] for each in of_kind(manifests, "Certificate")}
 
 
 def _wanted(pod: Pod) -> Iterator[tuple[str, str]]:

@@ -127,7 +127,19 @@ def _command(pod: Pod) -> Iterator[str]:
     for name in ("REDIS_URL", "ISENTROPE_HOST", "ISENTROPE_BIND"):
         if name not in given:
             yield f"{pod.owner}: {name} is not set"
+    yield from _redis_user(container, pod)
     yield from _ports(container, pod)
+
+
+def _redis_user(container: Manifest, pod: Pod) -> Iterator[str]:
+    """Each service is the user of its own name, with that user's password."""
+    for variable in container["env"]:
+        if variable["name"] == "REDIS_URL" and f"://{pod.name}:$(" not in variable["value"]:
+            yield f"{pod.owner}: REDIS_URL is not that of user {pod.name}"
+        if variable["name"] == "REDIS_PASSWORD":
+            key = variable["valueFrom"]["secretKeyRef"]["key"]
+            if key != pod.name:
+                yield f"{pod.owner}: REDIS_PASSWORD is that of user {key!r}"
 
 
 def _ports(container: Manifest, pod: Pod) -> Iterator[str]:

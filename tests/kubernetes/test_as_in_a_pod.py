@@ -7,7 +7,6 @@ the folders are temporary.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import re
 import secrets
@@ -23,9 +22,12 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from services.cli.__main__ import main
 from services.cli.launch import free_port
+from shared.lease import Registry
 from shared.redis_connection import connect
 from shared.redis_server import prepare_redis, until_redis_answers
+from shared.redis_stream import key_prefix
 from shared.tasks.countdown import Countdown
 from shared.tokenizer import save_characters
 from tests.kubernetes.kustomize import KUBERNETES
@@ -45,8 +47,8 @@ _OPTIONS = [("grpc.min_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff
 def redis_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """A server with the base's own configuration and the users that deploy/README.md makes."""
     folder = tmp_path_factory.mktemp("redis")
-    hashed = hashlib.sha256(PASSWORD.encode()).hexdigest()
-    (folder / "users.acl").write_text(f"user default on #{hashed} ~* &* +@all\n", "utf8")
+    (folder / "verifier").write_text(PASSWORD, "utf8")
+    assert main(["redis-users", str(folder)]) == 0
     port = free_port()
     text = (BASE / "redis.conf").read_text("utf8")
     text = text.replace("port 6379", f"port {port}").replace("dir /data", f"dir {folder}")
@@ -55,7 +57,7 @@ def redis_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     bundled = prepare_redis(folder / "unused")
     server = subprocess.Popen([bundled.command[0], str(folder / "redis.conf")])
     try:
-        url = f"redis://:{PASSWORD}@127.0.0.1:{port}"
+        url = f"redis://verifier:{PASSWORD}@127.0.0.1:{port}"
         asyncio.run(until_redis_answers(url, timeout_seconds=START_SECONDS))
         yield port
     finally:
@@ -144,9 +146,10 @@ async def test_a_pod_becomes_ready_is_scraped_and_ends(redis_port: int, tmp_path
         with urllib.request.urlopen(url, timeout=START_SECONDS) as reply:
             assert b'isentrope_run_info{algorithm="vanilla"' in reply.read()
         client = connect(variables["REDIS_URL"])
-        lease = await client.get("isentrope:{pod}:lease:verifier:verifier-7d4b9-x2x8z")
+        [member] = await Registry(client, prefix=key_prefix("pod")).members()
         await client.aclose()
-        assert f"127.0.0.1:{ports['grpc']}".encode() in lease
+        assert member.name == "verifier-7d4b9-x2x8z"
+        assert member.address == f"127.0.0.1:{ports['grpc']}"
         process.send_signal(signal.SIGTERM)
         assert process.wait(START_SECONDS) == 0
     finally:
@@ -157,6 +160,5 @@ async def test_a_pod_becomes_ready_is_scraped_and_ends(redis_port: int, tmp_path
 
 def test_the_readme_s_secret_is_the_one_that_is_used_here() -> None:
     text = (KUBERNETES.parent / "README.md").read_text("utf8")
-    assert "user default on #" in text
-    assert "~* &* +@all" in text
-    assert "create secret generic redis-auth" in text
+    assert "isentrope redis-users redis-auth" in text
+    assert "create secret generic redis-auth --from-file=redis-auth" in text

@@ -204,6 +204,18 @@ BREAKS: list[tuple[str, Break, str]] = [
         "0 ConfigMaps hold a run.toml",
     ),
     (
+        "a service that is another user",
+        lambda o: put(
+            container(o, VERIFIER)["env"][6], value="redis://learner:$(REDIS_PASSWORD)@r"
+        ),
+        "REDIS_URL is not that of user verifier",
+    ),
+    (
+        "a service with another user's password",
+        lambda o: put(container(o, VERIFIER)["env"][5]["valueFrom"]["secretKeyRef"], key="learner"),
+        "REDIS_PASSWORD is that of user 'learner'",
+    ),
+    (
         "a Redis that evicts",
         lambda o: put(o["ConfigMap/redis"]["data"], **{"redis.conf": "appendonly yes\n"}),
         "maxmemory-policy is not noeviction",

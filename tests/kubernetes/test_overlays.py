@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import chain
 
 import pytest
@@ -43,3 +45,10 @@ def test_the_demo_s_pods_use_one_run_file_and_it_is_the_laptop_s() -> None:
     services = [pod for pod in pods(manifests) if pod.name != "redis"]
     mounted = {pod.volumes["run"]["configMap"]["name"] for pod in services}
     assert mounted == {run["metadata"]["name"]}
+
+
+def test_the_component_s_rules_are_the_ones_that_are_tested() -> None:
+    script = str(KUBERNETES.parent / "prometheus" / "kubernetes.py")
+    printed = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    rules = KUBERNETES / "components" / "monitoring" / "rules.yaml"
+    assert rules.read_text("utf8") == printed.stdout, f"python {script} > {rules}"

@@ -117,10 +117,25 @@ def _probes(pod: Pod, container: Manifest) -> Iterator[str]:
         if kind not in found:
             yield f"{pod.owner}: {container['name']} has no {kind}"
             continue
+        if "ISENTROPE_TLS" in {variable["name"] for variable in container.get("env", [])}:
+            yield from _probe_past_tls(pod, kind, found[kind])
+            continue
         asked = found[kind].get("grpc", {}).get("service")
         wanted = PROGRESS if kind == "livenessProbe" else SERVICES[pod.name]
         if asked != wanted:
             yield f"{pod.owner}: {kind} asks for the health of {asked!r}, not of {wanted!r}"
+
+
+def _probe_past_tls(pod: Pod, kind: str, probe: Manifest) -> Iterator[str]:
+    """A kubelet cannot ask a gRPC server that wants a certificate."""
+    wanted = {
+        "path": f"/health/{PROGRESS}" if kind == "livenessProbe" else "/health/",
+        "port": "metrics",
+        "scheme": "HTTPS",
+    }
+    asked = probe.get("httpGet")
+    if asked != wanted:
+        yield f"{pod.owner}: {kind} asks {asked}; a kubelet, without a certificate, needs {wanted}"
 
 
 def _shared_memory(pod: Pod, container: Manifest) -> Iterator[str]:

@@ -120,6 +120,8 @@ class Scene:
             feeder=self.feeder,
             evaluator=self.evaluator,
             on_evaluated=self.evaluated.append,
+            vocabulary=1000,
+            max_length=32,
             max_staleness=1,
             max_attempts=2,
             replace_degenerate=self.replace_degenerate,

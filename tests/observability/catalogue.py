@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -30,7 +32,8 @@ Catalogue = Mapping[str, frozenset[str]]
 @cache
 def catalogue() -> Catalogue:
     """Labels by the name of the series, as in a scrape."""
-    return FOREIGN | {"isentrope_build_info": frozenset({"version"})} | dict(_own())
+    own = {"isentrope_build_info": frozenset({"version"})} | dict(_own())
+    return FOREIGN | own | dict(engine_series())
 
 
 def _own() -> Iterator[tuple[str, frozenset[str]]]:
@@ -56,6 +59,59 @@ def _own() -> Iterator[tuple[str, frozenset[str]]]:
     for family in gauges.collect():
         for sample in family.samples:
             yield sample.name, frozenset(sample.labels)
+
+
+def engine_series() -> Iterator[tuple[str, frozenset[str]]]:
+    """What the installed vLLM exports without being asked: read where it declares it.
+
+    Not imported, which takes seconds; that a real engine exports them is for
+    tests/integration/test_rollout_engine.py to see.
+    """
+    spec = find_spec("vllm")
+    assert spec is not None
+    assert spec.origin is not None
+    source = Path(spec.origin).parent / "v1/metrics/loggers.py"
+    logger = next(
+        node
+        for node in ast.walk(ast.parse(source.read_text("utf8")))
+        if isinstance(node, ast.ClassDef) and node.name == "PrometheusStatLogger"
+    )
+    start = next(
+        node
+        for node in logger.body
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__"
+    )
+    for statement in start.body:  # those under a condition may be missing
+        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Call):
+            yield from _declared(statement.value)
+
+
+def _declared(call: ast.Call) -> Iterator[tuple[str, frozenset[str]]]:
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    named = given.get("name")
+    if not (isinstance(named, ast.Constant) and str(named.value).startswith("vllm:")):
+        return
+    name, labels = str(named.value), _label_names(given["labelnames"])
+    match ast.unparse(call.func):
+        case "self._counter_cls":
+            yield f"{name}_total", labels
+        case "self._histogram_cls":
+            yield f"{name}_bucket", labels | {"le"}
+            yield f"{name}_sum", labels
+            yield f"{name}_count", labels
+        case _:
+            yield name, labels
+
+
+def _label_names(expression: ast.expr) -> frozenset[str]:
+    """Of a list of texts, and the variable that has the two which nearly all of them share."""
+    found: set[str] = set()
+    for node in ast.walk(expression):
+        if isinstance(node, ast.Constant):
+            found.add(str(node.value))
+        elif isinstance(node, ast.Name) and node.id == "labelnames":
+            found |= {"model_name", "engine"}
+    return frozenset(found)
 
 
 def faults(expression: str, known: Catalogue) -> list[str]:

@@ -116,6 +116,7 @@ class SimulatedEngine:
     """
 
     num_workers = 1
+    max_update_bytes = 1 << 34
     kv_cache_tokens = 1 << 20
 
     def __init__(self, simulation: Simulation | None = None, *, name: str = "") -> None:
