@@ -1,4 +1,4 @@
-"""From scored groups to padded micro-batches: a row a completion, a share of the rows a rank.
+"""From scored groups to packed micro-batches: a row a completion, a share of the rows a rank.
 
 A batch is R rows. Values per token are matrices [R, C] with C the longest completion, `mask` True
 on sampled tokens. Rows are cut by whole groups into optimiser mini-batches, and each of those
@@ -10,21 +10,20 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 
 import torch
 from torch import Tensor
 
 from services.learner.advantages import estimate_advantages
+from services.learner.balance import Load, PassCost, Plan, plan_passes
+from services.learner.packing import Packing
 from shared.config import RunConfig
 from shared.records import Completion, GroupUid, ScoredGroup
 from shared.rl.covariance import token_keys
 from shared.rl.staleness import staleness
-
-Plan = list[list[list[int]]]
-"""`plan[rank][i]` are the row numbers of the rank's i-th micro-batch, perhaps none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,21 +75,21 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Rows of one forward pass, padded on the right.
-
-    A causal model never looks right, so padding needs no attention mask.
+    """Rows of one forward pass: S sequences, one after another, T tokens in all.
 
     Attributes:
         rows: their numbers in the batch; none in a micro-batch that only keeps ranks in step,
             whose single prediction must not reach a loss.
-        input_ids: [B, T].
-        predictors: [N], positions in the flattened [B * T] that predict a completion token.
+        input_ids: [T].
+        packing: where the sequences lie in it.
+        predictors: [N], positions in it that predict a completion token.
         targets: [N], those tokens, row by row.
-        mask: [B, C], N True.
+        mask: [S, C], N True.
     """
 
     rows: tuple[int, ...]
     input_ids: Tensor
+    packing: Packing
     predictors: Tensor
     targets: Tensor
     mask: Tensor
@@ -100,13 +99,14 @@ class MicroBatch:
         return MicroBatch(
             rows=self.rows,
             input_ids=self.input_ids.to(device),
+            packing=self.packing.to(device),
             predictors=self.predictors.to(device),
             targets=self.targets.to(device),
             mask=self.mask.to(device),
         )
 
     def spread(self, values: Tensor) -> Tensor:
-        """[N] to [B, C], 0 outside mask; differentiable."""
+        """[N] to [S, C], 0 outside mask; differentiable."""
         return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
 
 
@@ -159,22 +159,20 @@ def build_batch(groups: Sequence[ScoredGroup], config: RunConfig, *, policy_vers
 
 
 def plan_micro_batches(
-    batch: Batch, rows: Sequence[int], *, num_ranks: int, micro_batch_tokens: int
+    batch: Batch, rows: Sequence[int], *, num_ranks: int, micro_batch_tokens: int, cost: PassCost
 ) -> Plan:
-    """The rows, each once, in micro-batches of like lengths; as many on every rank.
+    """The rows, each once, in micro-batches of like cost; as many on every rank.
 
-    A micro-batch has at most micro_batch_tokens after padding, except that a longer row is one
-    by itself. Micro-batches are halved where that lets every rank work; what still does not
-    come out even is filled with empty ones.
+    A micro-batch has at most micro_batch_tokens, except that a longer row is one by itself.
     """
-    lengths = {row: batch.rows[row].num_tokens for row in rows}
-    packed = _pack(sorted(rows, key=lambda row: -lengths[row]), lengths, micro_batch_tokens)
-    while len(packed) % num_ranks and any(len(each) > 1 for each in packed):
-        largest = max(packed, key=lambda each: (len(each) > 1, len(each) * lengths[each[0]]))
-        place, half = packed.index(largest), (len(largest) + 1) // 2
-        packed[place : place + 1] = [largest[:half], largest[half:]]
-    packed += [[] for _ in range(-len(packed) % num_ranks)]
-    return [packed[rank::num_ranks] for rank in range(num_ranks)]
+    loads = {}
+    for row in rows:
+        num_tokens = batch.rows[row].num_tokens
+        num_predictions = len(batch.rows[row].completion.token_ids)
+        loads[row] = Load(num_tokens, cost.of(num_tokens, num_predictions))
+    return plan_passes(
+        loads, num_ranks=num_ranks, max_tokens=micro_batch_tokens, is_padded=cost.is_padded
+    )
 
 
 def selection_keys(batch: Batch, *, seed: int, step: int) -> Tensor:
@@ -190,31 +188,52 @@ def selection_keys(batch: Batch, *, seed: int, step: int) -> Tensor:
 def collate(batch: Batch, rows: Sequence[int]) -> MicroBatch:
     """The micro-batch of these rows."""
     if not rows:
-        return _empty_micro_batch()
+        # A pass of no completion, which meets every weight all the same.
+        empty = collate_sequences([torch.zeros(2, dtype=torch.int64)])
+        return replace(empty, mask=torch.zeros_like(empty.mask))
     chosen = [batch.rows[row] for row in rows]
-    width = max(row.num_tokens for row in chosen)
-    input_ids = torch.zeros(len(chosen), width, dtype=torch.int64)
-    predictors, targets = [], []
-    for line, row in enumerate(chosen):
-        start, end = len(row.prompt_token_ids), row.num_tokens
-        input_ids[line, :start] = _token_ids(row.prompt_token_ids)
-        input_ids[line, start:end] = _token_ids(row.completion.token_ids)
-        predictors.append(line * width + torch.arange(start - 1, end - 1))
-        targets.append(input_ids[line, start:end])
-    longest = max(len(each) for each in targets)
-    return MicroBatch(
-        rows=tuple(rows),
-        input_ids=input_ids,
-        predictors=torch.cat(predictors),
-        targets=torch.cat(targets),
-        mask=batch.mask[list(rows), :longest],
-    )
+    sequences = [
+        torch.cat([_token_ids(row.prompt_token_ids), _token_ids(row.completion.token_ids)])
+        for row in chosen
+    ]
+    micro_batch = _pack(sequences, [len(row.prompt_token_ids) for row in chosen])
+    longest = max(len(row.completion.token_ids) for row in chosen)
+    return replace(micro_batch, rows=tuple(rows), mask=batch.mask[list(rows), :longest])
+
+
+def collate_sequences(sequences: Sequence[Tensor]) -> MicroBatch:
+    """Sequences of no batch, which predict each of their tokens but the first.
+
+    Args:
+        sequences: [T] int64 each, T at least 2.
+    """
+    return _pack(sequences, [1] * len(sequences))
 
 
 def hash_completion(uid: GroupUid, number: int) -> int:
     """64 bits of the completion's place in the seeded order, whichever attempt sampled it."""
     name = f"{uid.epoch}/{uid.index}/{number}".encode()
     return int.from_bytes(blake2b(name, digest_size=8).digest(), "big", signed=True)
+
+
+def _pack(sequences: Sequence[Tensor], starts: Sequence[int]) -> MicroBatch:
+    """The sequences one after another, each of which predicts its tokens from `starts` on."""
+    lengths = [len(each) for each in sequences]
+    ends = list(accumulate(lengths))
+    predictors = [
+        torch.arange(end - length + start - 1, end - 1)
+        for end, length, start in zip(ends, lengths, starts, strict=True)
+    ]
+    counts = torch.tensor([len(each) for each in predictors])
+    input_ids = torch.cat(list(sequences)).long()
+    return MicroBatch(
+        rows=(),
+        input_ids=input_ids,
+        packing=Packing.of(lengths),
+        predictors=torch.cat(predictors),
+        targets=input_ids[torch.cat(predictors) + 1],
+        mask=torch.arange(int(counts.max())) < counts.unsqueeze(1),
+    )
 
 
 def _group_rows(
@@ -246,24 +265,3 @@ def _group_rows(
 def _token_ids(values: array[int]) -> Tensor:
     """The array's own memory as a tensor."""
     return torch.frombuffer(values, dtype=torch.uint32)
-
-
-def _pack(rows: list[int], lengths: dict[int, int], max_tokens: int) -> list[list[int]]:
-    """Rows, longest first, in runs whose first length times their number is within the bound."""
-    packed: list[list[int]] = []
-    for row in rows:
-        if packed and (len(packed[-1]) + 1) * lengths[packed[-1][0]] <= max_tokens:
-            packed[-1].append(row)
-        else:
-            packed.append([row])
-    return packed
-
-
-def _empty_micro_batch() -> MicroBatch:
-    return MicroBatch(
-        rows=(),
-        input_ids=torch.zeros(1, 2, dtype=torch.int64),
-        predictors=torch.zeros(1, dtype=torch.int64),
-        targets=torch.zeros(1, dtype=torch.int64),
-        mask=torch.zeros(1, 1, dtype=torch.bool),
-    )

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from services.learner.balance import PassCost
 from services.learner.batch import MicroBatch
 from services.learner.ranks import Ranks
 from shared.rl.entropy import TokenStatistics
@@ -25,7 +26,11 @@ class OptimizerStep(NamedTuple):
 
 
 class TrainedModel(Protocol):
-    """The policy and its optimiser; `services.learner.engine` has the one on DeepSpeed."""
+    """The policy and its optimiser; `services.learner.zero` has the one on DeepSpeed."""
+
+    @property
+    def cost(self) -> PassCost:
+        """Of a pass, by which micro-batches are balanced; the same on every rank."""
 
     def forward(
         self,

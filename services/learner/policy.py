@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
+from services.learner.balance import PassCost
+from services.learner.packing import PACKED, Packing
 from shared.errors import ConfigError, StartError
 from shared.rl.entropy import TokenStatistics, fused_logprob_entropy
 
@@ -70,6 +76,10 @@ class Policy(nn.Module):
         # In a tuple, because as an attribute it would be registered as a parameter twice; and
         # not looked up in forward, where ZeRO-3 gathers every parameter that is looked at.
         self._head_weight = (_head_weight(model),)
+        # Counted here, because ZeRO-3 leaves a rank only a part of each weight.
+        self._cost = _pass_cost(model, self.head_weight)
+        self._own_attention = model.config._attn_implementation
+        self._is_packed = False
         # Dropout would make the ratio of two passes differ from 1 without any update.
         self.eval()
 
@@ -91,6 +101,71 @@ class Policy(nn.Module):
         return cls(model, chunk=chunk)
 
     @property
+    def cost(self) -> PassCost:
+        """Of a pass as it is made now."""
+        return self._cost._replace(is_padded=not self._is_packed)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether sequences are computed one after another in a row, without padding."""
+        return self._is_packed
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of the embedding."""
+        size: int = self.model.config.get_text_config().vocab_size
+        return size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.head_weight.dtype
+
+    def pack(self, is_packed: bool) -> bool:
+        """Compute sequences one after another in a row, or each in a padded row of its own.
+
+        Returns:
+            Whether it is so now: attention of some models cannot be replaced.
+        """
+        wanted = PACKED if is_packed else self._own_attention
+        try:
+            self.model.set_attn_implementation(wanted)
+        except ValueError:
+            return False
+        if self.model.config._attn_implementation != wanted:
+            return False
+        self._is_packed = is_packed
+        return True
+
+    def checkpoint_activations(self, *, is_reentrant: bool) -> None:
+        """Keep what goes from layer to layer, and compute the rest again in the backward pass.
+
+        Args:
+            is_reentrant: as torch.utils.checkpoint; ZeRO-3 needs it, because the weights that a
+                pass meets are gone in between.
+        Raises:
+            ConfigError: the model does not support it, or has dropout.
+        """
+        key = "learner.activation_checkpointing = true"
+        if not self.model.supports_gradient_checkpointing:
+            raise ConfigError(
+                f"{key}: a {type(self.model).__name__} does not support it; remove it"
+            )
+        for name, share in self.model.config.get_text_config().to_dict().items():
+            if "drop" in name and isinstance(share, float) and share > 0:
+                raise ConfigError(
+                    f"{key}: the model's {name} = {share} would be on in training; set it to 0 in"
+                    " its config.json, or remove the key"
+                )
+        # torch says so of every pass without gradient, too.
+        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
+        self.model.gradient_checkpointing_enable({"use_reentrant": is_reentrant})
+        for layer in self.model.modules():
+            # A layer looks at its own flag; what is inside it stays as it is.
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.training = True
+
+    @property
     def head_weight(self) -> nn.Parameter:
         """[V, D], the embedding's own where they are tied."""
         return self._head_weight[0]
@@ -98,6 +173,7 @@ class Policy(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
+        packing: Packing,
         predictors: Tensor,
         targets: Tensor,
         *,
@@ -110,19 +186,35 @@ class Policy(nn.Module):
         A plain tuple, because DeepSpeed looks for the tensors in it; `statistics` names them.
 
         Args:
-            input_ids: [B, T], padded on the right.
-            predictors: [N], positions in the flattened [B * T].
+            input_ids: [T], sequences one after another.
+            packing: where they lie.
+            predictors: [N], positions in [T].
             targets: [N], the token that follows each of them.
             clamp_p: as `shared.rl.entropy.clamped_entropy`; None leaves out the clamped entropy
                 and the removed mass.
             with_mean_pull: whether `mean_pull` is there.
         """
-        hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        chosen = hidden.flatten(0, 1)[predictors]
+        hidden = self._hidden(input_ids, packing).index_select(0, predictors)
         outputs: tuple[Tensor, ...] = self.head(
-            chosen, self.head_weight, targets, temperature, clamp_p, with_mean_pull
+            hidden, self.head_weight, targets, temperature, clamp_p, with_mean_pull
         )
         return outputs
+
+    def _hidden(self, input_ids: Tensor, packing: Packing) -> Tensor:
+        """Hidden states [T, D]."""
+        if self._is_packed:
+            packed = self.model.base_model(
+                input_ids=input_ids.unsqueeze(0),
+                position_ids=packing.position_ids.unsqueeze(0),
+                packing=packing,
+                use_cache=False,
+            )
+            row: Tensor = packed.last_hidden_state[0]
+            return row
+        tokens, places = packing.padded()
+        padded = self.model.base_model(input_ids=input_ids[tokens], use_cache=False)
+        rows: Tensor = padded.last_hidden_state
+        return rows.flatten(0, 1).index_select(0, places)
 
 
 def statistics(outputs: Sequence[Tensor], *, is_clamped: bool) -> TokenStatistics:
@@ -135,6 +227,30 @@ def statistics(outputs: Sequence[Tensor], *, is_clamped: bool) -> TokenStatistic
     clamped, removed = rest[:2] if is_clamped else (None, None)
     pull = rest[2 * is_clamped :]
     return TokenStatistics(logprob, entropy, clamped, removed, pull[0] if pull else None)
+
+
+def export_policy(policy: Policy, weights: Mapping[str, Tensor], source: str, folder: Path) -> None:
+    """Write a model in Hugging Face form.
+
+    Args:
+        weights: whole, on the host.
+        source: where the policy was loaded from; its tokenizer goes with the weights.
+    """
+    policy.model.save_pretrained(folder, state_dict=dict(weights))
+    _copy_tokenizer(source, folder)
+
+
+def _pass_cost(model: Any, head_weight: Tensor) -> PassCost:
+    """Multiplications and additions of a forward pass; of all experts where there are several."""
+    shape = model.config.get_text_config()
+    matrices = sum(each.numel() for each in model.base_model.parameters() if each.dim() > 1)
+    num_heads = getattr(shape, "num_attention_heads", 0) or 0
+    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // max(1, num_heads)
+    return PassCost(
+        per_token=2 * (matrices - model.get_input_embeddings().weight.numel()),
+        per_prediction=2 * head_weight.numel(),
+        per_pair=4 * shape.num_hidden_layers * num_heads * head_dim,
+    )
 
 
 def _head_weight(model: Any) -> nn.Parameter:
@@ -153,3 +269,15 @@ def _head_weight(model: Any) -> nn.Parameter:
             )
     weight: nn.Parameter = head.weight
     return weight
+
+
+def _copy_tokenizer(model_path: str, folder: Path) -> None:
+    source = Path(model_path)
+    if not source.is_dir():
+        AutoTokenizer.from_pretrained(model_path).save_pretrained(folder)
+        return
+    for path in source.iterdir():
+        is_weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth")
+        is_index = path.name.endswith(".index.json")
+        if path.is_file() and not (is_weights or is_index or (folder / path.name).exists()):
+            shutil.copyfile(path, folder / path.name)

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from services.learner.advantages import shape_advantages
+from services.learner.balance import Plan
 from services.learner.batch import (
     Batch,
     MicroBatch,
-    Plan,
     build_batch,
     collate,
     plan_micro_batches,
@@ -105,6 +105,7 @@ class Trainer:
             rows,
             num_ranks=self._ranks.world_size,
             micro_batch_tokens=self._config.learner.micro_batch_tokens,
+            cost=self._model.cost,
         )
 
     def _mine(self, batch: Batch, plan: Plan) -> tuple[MicroBatch, ...]:
@@ -328,7 +329,7 @@ def _placed(values: Tensor, rows: list[int], mask: Tensor) -> Tensor:
 
 
 def _spread(micro_batch: MicroBatch, statistics: TokenStatistics) -> TokenStatistics:
-    """[N] to [B, C] each."""
+    """[N] to [S, C] each."""
     return TokenStatistics(
         *(None if each is None else micro_batch.spread(each) for each in statistics)  # type: ignore[arg-type]
     )

@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from services.learner.balance import PassCost
 from services.learner.batch import MicroBatch
 from services.learner.diagnostics import TokenRecord
 from services.learner.measures import StepReport
+from services.learner.packing import Packing
 from services.learner.passes import OptimizerStep
 from services.learner.policy import statistics
 from services.learner.ranks import Ranks
@@ -129,6 +131,7 @@ class Bigram(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
+        packing: Packing,
         predictors: Tensor,
         targets: Tensor,
         *,
@@ -136,7 +139,7 @@ class Bigram(nn.Module):
         clamp_p: float | None = None,
         with_mean_pull: bool = False,
     ) -> tuple[Tensor, ...]:
-        hidden = self.embedding[input_ids].flatten(0, 1)[predictors]
+        hidden = self.embedding[input_ids[predictors]]
         measured = fused_logprob_entropy(
             hidden,
             self.head,
@@ -167,6 +170,10 @@ class PlainModel:
         self._ranks = ranks
         self._max_grad_norm = max_grad_norm
 
+    @property
+    def cost(self) -> PassCost:
+        return PassCost(per_token=1)
+
     def forward(
         self,
         micro_batch: MicroBatch,
@@ -178,6 +185,7 @@ class PlainModel:
         self.num_forwards += 1
         outputs = self.module(
             micro_batch.input_ids,
+            micro_batch.packing,
             micro_batch.predictors,
             micro_batch.targets,
             temperature=temperature,
@@ -189,6 +197,7 @@ class PlainModel:
     def reference_logprobs(self, micro_batch: MicroBatch, *, temperature: float) -> Tensor:
         outputs: tuple[Tensor, ...] = self._reference(
             micro_batch.input_ids,
+            micro_batch.packing,
             micro_batch.predictors,
             micro_batch.targets,
             temperature=temperature,

@@ -11,9 +11,10 @@ from itertools import chain
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.learner.balance import PassCost
 from services.learner.batch import (
     Batch,
     build_batch,
@@ -24,6 +25,10 @@ from services.learner.batch import (
 )
 from shared.records import Completion, GroupUid, Outcome, ScoredGroup, VersionRun
 from tests.learner.fakes import run_config, scored_group
+
+# A busy machine is no failure.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 CONFIGS = {
     cuts: run_config(learner={"groups_per_batch": 12, "optimizer_steps_per_batch": cuts})
@@ -69,21 +74,26 @@ def test_plans_keep_every_row_and_the_bound_with_as_many_micro_batches_on_each_r
 ) -> None:
     batch = build([scored_group(0, [Outcome.FAIL] * len(lengths), lengths=lengths)])
     rows = batch.minibatches[0]
-    plan = plan_micro_batches(batch, rows, num_ranks=ranks, micro_batch_tokens=bound)
+    plan = plan_micro_batches(
+        batch, rows, num_ranks=ranks, micro_batch_tokens=bound, cost=PassCost(per_token=1)
+    )
     assert len(plan) == ranks
     assert len({len(mine) for mine in plan}) == 1
     micro_batches = [each for mine in plan for each in mine if each]
     assert sorted(chain.from_iterable(micro_batches)) == list(rows)
     for each in micro_batches:
-        padded = len(each) * max(batch.rows[row].num_tokens for row in each)
-        assert len(each) == 1 or padded <= bound
+        assert len(each) == 1 or sum(batch.rows[row].num_tokens for row in each) <= bound
 
 
 @given(st.integers(1, 4), st.integers(4, 12))
 def test_no_rank_is_idle_when_there_are_enough_rows(ranks: int, rows: int) -> None:
     batch = build([scored_group(0, [Outcome.FAIL] * rows)])
     plan = plan_micro_batches(
-        batch, batch.minibatches[0], num_ranks=ranks, micro_batch_tokens=10**6
+        batch,
+        batch.minibatches[0],
+        num_ranks=ranks,
+        micro_batch_tokens=10**6,
+        cost=PassCost(per_token=1),
     )
     assert all(any(mine) for mine in plan)
 
@@ -114,7 +124,8 @@ def test_values_per_token_stand_where_the_mask_is_and_nowhere_else() -> None:
 def test_a_micro_batch_predicts_each_completion_token_from_the_one_before_it() -> None:
     batch = build([scored_group(3, [Outcome.PASS, Outcome.FAIL], lengths=[1, 3])])
     micro_batch = collate(batch, [1, 0])
-    assert micro_batch.input_ids.tolist() == [[7, 8, 30, 31, 32], [7, 8, 30, 0, 0]]
+    assert micro_batch.input_ids.tolist() == [7, 8, 30, 31, 32, 7, 8, 30]
+    assert micro_batch.packing.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
     assert micro_batch.predictors.tolist() == [1, 2, 3, 6]
     assert micro_batch.targets.tolist() == [30, 31, 32, 30]
     assert micro_batch.mask.tolist() == [[True] * 3, [True, False, False]]
@@ -142,6 +153,7 @@ def test_tensors_hold_what_a_loop_over_the_tokens_would_put_there(
     batch = build([group], version=5)
     micro_batch = collate(batch, range(len(sampled)))
     width = batch.mask.shape[1]
+    sequences = torch.split(micro_batch.input_ids, [row.num_tokens for row in batch.rows])
     for row, completion in enumerate(sampled):
         num_tokens = len(completion.token_ids)
         padding = [0] * (width - num_tokens)
@@ -155,10 +167,10 @@ def test_tensors_hold_what_a_loop_over_the_tokens_would_put_there(
         advantage = array("f", [batch.rows[row].advantage] * num_tokens)
         assert batch.advantages[row].tolist() == [*advantage, *padding]
         tokens = [7, 2**31 - 1, *completion.token_ids]
-        assert micro_batch.input_ids[row].tolist() == [*tokens, *padding]
+        assert sequences[row].tolist() == tokens
     targets = [list(completion.token_ids) for completion in sampled]
     assert micro_batch.targets.tolist() == list(chain.from_iterable(targets))
-    predicted = micro_batch.input_ids.flatten()[micro_batch.predictors + 1]
+    predicted = micro_batch.input_ids[micro_batch.predictors + 1]
     assert torch.equal(predicted, micro_batch.targets)
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from services.learner.balance import PassCost
 from services.learner.batch import build_batch, plan_micro_batches
 from services.learner.loss_modes import LOSS_MODES, OFF_POLICY_WEIGHTS
 from shared.config import RunConfig
@@ -102,7 +103,9 @@ def count_micro_batches(tokens: int, cuts: int, *, only_first: bool = False) -> 
     for seed in (0, 1):
         batch = build_batch(sampled_groups(seed), config, policy_version=0)
         for rows in batch.minibatches[: 1 if only_first else None]:
-            plan = plan_micro_batches(batch, rows, num_ranks=1, micro_batch_tokens=tokens)
+            plan = plan_micro_batches(
+                batch, rows, num_ranks=1, micro_batch_tokens=tokens, cost=PassCost(per_token=1)
+            )
             total += len(plan[0])
     return total
 

@@ -1,0 +1,261 @@
+"""The policy on DeepSpeed; one of the two files that import it.
+
+DeepSpeed is imported where it is used: `DS_ACCELERATOR` must be decided before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from services.learner.balance import PassCost
+from services.learner.batch import MicroBatch, collate_sequences
+from services.learner.parts import UNREADABLE, unreadable
+from services.learner.passes import OptimizerStep
+from services.learner.policy import Policy, statistics
+from services.learner.ranks import Ranks
+from shared.config import RunConfig
+from shared.rl.entropy import TokenStatistics
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_TAG = "state"
+
+PACKING_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+"""Nats of mean difference that come from rounding alone; a token that is seen by another sequence,
+or stands at another position, makes it a nat or so."""
+
+
+class ZeroModel:
+    """The policy in DeepSpeed's hands, as `services.learner.training` wants it."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        reference: Policy | None,
+        ranks: Ranks,
+        config: RunConfig,
+        *,
+        local_rank: int,
+    ) -> None:
+        """Hand the policy to DeepSpeed, in the process group that is already there.
+
+        Args:
+            reference: the frozen anchor, whole on every rank.
+        """
+        self._policy = policy
+        self._reference = reference
+        self._world_size = ranks.world_size
+        self._zero_stage = config.learner.zero_stage
+        self._engine = _initialise(policy, config, ranks.device, local_rank)
+        self._pack(ranks)
+
+    @property
+    def cost(self) -> PassCost:
+        """Of a pass, by the policy's dimensions."""
+        return self._policy.cost
+
+    def _pack(self, ranks: Ranks) -> None:
+        """Pack rows if the model then computes the same; all ranks alike.
+
+        A layer with a memory of its own, or an attention that has more to it than ours, would
+        look across sequences or answer otherwise.
+        """
+        probe = collate_sequences(_probe(self._policy.vocabulary_size)).to(ranks.device)
+        difference = torch.tensor(self._packing_error(probe), device=ranks.device)
+        refusals = (~(difference <= PACKING_TOLERANCE[self._policy.dtype])).double()
+        ranks.sum_in_place(refusals)
+        if refusals > 0:
+            self._policy.pack(False)
+            logger.warning(
+                "the model cannot be packed (log-probs differ by %.3g nats): each row of a"
+                " micro-batch is padded to its longest",
+                float(difference),
+            )
+        if self._reference is not None:
+            self._reference.pack(self._policy.is_packed)
+
+    def _packing_error(self, probe: MicroBatch) -> float:
+        """Mean difference of log-probs between packed and padded rows; NaN if not packable."""
+        with torch.no_grad():
+            padded = self.forward(probe, temperature=1.0).logprob
+            if not self._policy.pack(True):
+                return math.nan
+            packed = self.forward(probe, temperature=1.0).logprob
+        return float((packed - padded).abs().mean())
+
+    def forward(
+        self,
+        micro_batch: MicroBatch,
+        *,
+        temperature: float,
+        clamp_p: float | None = None,
+        with_mean_pull: bool = False,
+    ) -> TokenStatistics:
+        """Statistics of the tokens, [N] each."""
+        outputs = self._engine(
+            micro_batch.input_ids,
+            micro_batch.packing,
+            micro_batch.predictors,
+            micro_batch.targets,
+            temperature=temperature,
+            clamp_p=clamp_p,
+            with_mean_pull=with_mean_pull,
+        )
+        return statistics(outputs, is_clamped=clamp_p is not None)
+
+    def reference_logprobs(self, micro_batch: MicroBatch, *, temperature: float) -> Tensor:
+        """Log-probs [N] under the reference model."""
+        assert self._reference is not None, "there is no reference model"
+        outputs: tuple[Tensor, ...] = self._reference(
+            micro_batch.input_ids,
+            micro_batch.packing,
+            micro_batch.predictors,
+            micro_batch.targets,
+            temperature=temperature,
+        )
+        return outputs[0]
+
+    def accumulate(self, loss: Tensor, *, is_last: bool) -> None:
+        """Add a gradient; ZeRO-2 and 3 exchange it at once, the others with the last."""
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        # DeepSpeed averages gradients over ranks; the loss is a sum over them.
+        self._engine.backward(loss * self._world_size)
+
+    def step(self) -> OptimizerStep:
+        """Move the weights, unless the gradient is not finite."""
+        rate = float(self._engine.get_lr()[0])
+        if self._zero_stage > 0:
+            # ZeRO looks at the norm itself, and drops a gradient that is not finite.
+            self._engine.step()
+            norm = float(self._engine.get_global_grad_norm())
+            return OptimizerStep(norm, rate, is_applied=bool(self._engine.was_step_applied()))
+        gradients = [weight.grad for weight in self._policy.parameters() if weight.grad is not None]
+        norms = [torch.linalg.vector_norm(each, dtype=torch.float32) for each in gradients]
+        norm = float(torch.linalg.vector_norm(torch.stack(norms)))
+        if not math.isfinite(norm):
+            self._engine.zero_grad()
+            return OptimizerStep(norm, rate, is_applied=False)
+        self._engine.step()
+        return OptimizerStep(norm, rate, is_applied=True)
+
+    def gather(self, weights: Sequence[Tensor], *, wanted: bool) -> list[Tensor]:
+        """Copies of these weights, whole, where they are wanted; all ranks call it together."""
+        import deepspeed
+
+        sharded = [weight for weight in weights if hasattr(weight, "ds_id")]
+        with deepspeed.zero.GatheredParameters(sharded):
+            return [weight.detach().clone() for weight in weights] if wanted else []
+
+    def save(self, folder: Path, client_state: dict[str, Any]) -> None:
+        """Write model, optimiser, schedule and client_state; all ranks together."""
+        self._engine.save_checkpoint(
+            str(folder), tag=CHECKPOINT_TAG, client_state=client_state, save_latest=False
+        )
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Read what `save` wrote; returns its client_state.
+
+        Raises:
+            CheckpointError: missing or damaged.
+        """
+        try:
+            with _silence():
+                path, client_state = self._engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
+            if path is None:
+                raise ValueError("DeepSpeed found no state in it")
+        except UNREADABLE as error:
+            raise unreadable(folder, error) from error
+        state: dict[str, Any] = client_state
+        return state
+
+    def leave(self) -> None:
+        """Leave the process group."""
+        import deepspeed
+
+        deepspeed.comm.destroy_process_group()
+
+
+def _probe(vocabulary_size: int) -> list[Tensor]:
+    """Sequences of a few tokens each, all of them unlike each other."""
+    tokens = torch.arange(33) * 7 % vocabulary_size
+    return [tokens[:16], tokens[16:21], tokens[21:]]
+
+
+def _initialise(policy: Policy, config: RunConfig, device: torch.device, local_rank: int) -> Any:
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ["LOCAL_RANK"] = str(local_rank)
+    import deepspeed
+
+    # DeepSpeed 0.19 calls names that torch 2.13 has deprecated.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # Its shared-memory collective would be compiled at first use, and serves inference only.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    with _silence():
+        engine, *_ = deepspeed.initialize(
+            model=policy,
+            optimizer=_optimizer(policy, config),
+            lr_scheduler=lambda wrapped: _scheduler(wrapped, config),
+            config=_deepspeed_config(config),
+        )
+    if config.learner.zero_stage == 3:
+        deepspeed.zero.register_external_parameter(policy.head, policy.head_weight)
+    return engine
+
+
+def _optimizer(policy: Policy, config: RunConfig) -> torch.optim.Optimizer:
+    learner = config.learner
+    return torch.optim.AdamW(
+        policy.parameters(),
+        lr=learner.learning_rate,
+        betas=(learner.adam_beta1, learner.adam_beta2),
+        weight_decay=learner.weight_decay,
+    )
+
+
+def _scheduler(
+    optimizer: torch.optim.Optimizer, config: RunConfig
+) -> torch.optim.lr_scheduler.LambdaLR:
+    learner = config.learner
+    total_steps = config.run.num_steps * learner.optimizer_steps_per_batch
+
+    def factor(step: int) -> float:
+        rising = min(1.0, (step + 1) / max(1, learner.lr_warmup_steps))
+        falling = 1.0 - step / total_steps if learner.lr_schedule == "linear" else 1.0
+        return rising * max(0.0, falling)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def _silence() -> contextlib.AbstractContextManager[object]:
+    """Drop DeepSpeed's bare prints; its logger keeps the stream that it was made with."""
+    return contextlib.redirect_stdout(io.StringIO())
+
+
+def _deepspeed_config(config: RunConfig) -> dict[str, Any]:
+    learner = config.learner
+    settings: dict[str, Any] = {
+        # The engine is driven micro-batch by micro-batch; these two only have to be consistent.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": learner.max_grad_norm,
+        "zero_optimization": {"stage": learner.zero_stage},
+        "steps_per_print": 2**31,
+        "communication_data_type": "fp32",
+    }
+    if config.model.dtype == "bfloat16":
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        if learner.zero_stage > 0:
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
