@@ -3,8 +3,8 @@
 The engine proper is a process of its own, forked by `VllmEngine.start`; this class is its front
 end in the service's process. Two facts shape it:
 
-* vLLM's control calls never return if the engine's process dies, so each races against that
-  death and a deadline. An engine that misses a deadline is killed: its state is unknown.
+* Calls that steer the engine have deadlines; one that misses them is killed
+  (`services.rollout.engine_control`).
 * An update has two halves. Receiving happens beside decoding; only the swap pauses it. Requests
   that run keep their KV cache over the swap, so each version has prefix-cache entries of its own.
 
@@ -21,13 +21,14 @@ import dataclasses
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from services.rollout.concurrency import EngineLoad
+from services.rollout.engine_control import EngineControl
 from services.rollout.engine_load import LoadRecorder
 from services.rollout.update_size import max_update_bytes
 from services.rollout.vllm_launch import EngineSettings, launch
@@ -39,12 +40,6 @@ from shared.records import Completion
 from shared.weight_stream import WeightSource
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-_DEATH_POLL_SECONDS = 0.1
-_STATUS_POLL_SECONDS = 0.01
-_SHUTDOWN_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +76,7 @@ class VllmEngine:
         self._max_update_bytes = max_update_bytes(Path(settings.model_path))
         # Kept although it is idle: the kernel's "parent died" signal means the thread that forked.
         self._launcher = launcher
-        self._processes = list(llm.engine_core.resources.engine_manager.processes)
+        self._control = EngineControl(llm, timeout_seconds=settings.control_timeout_seconds)
         self._policy_version: int | None = None
         self._receiving: int | None = None
         # Shut while weights are swapped: a request is salted with the version it starts with.
@@ -89,8 +84,6 @@ class VllmEngine:
         self._admission.set()
         self._slots = asyncio.Semaphore(settings.max_num_seqs)
         self._control_lock = asyncio.Lock()
-        self._dead = asyncio.Event()
-        self._watch = asyncio.create_task(self._watch_processes(), name="engine-watch")
 
     @classmethod
     async def start(cls, settings: EngineSettings) -> VllmEngine:
@@ -138,7 +131,12 @@ class VllmEngine:
     @property
     def is_alive(self) -> bool:
         """False once the engine's process has ended or been given up."""
-        return not self._dead.is_set()
+        return self._control.is_alive
+
+    @property
+    def processes(self) -> Sequence[Any]:
+        """Of the engine and its workers."""
+        return self._control.processes
 
     @property
     def load(self) -> EngineLoad:
@@ -153,7 +151,7 @@ class VllmEngine:
 
     async def wait_until_dead(self) -> None:
         """Return when the engine's process has ended; it never comes back."""
-        await self._dead.wait()
+        await self._control.wait_until_dead()
 
     # --- sampling -------------------------------------------------------------------------------
 
@@ -216,7 +214,7 @@ class VllmEngine:
 
     async def _admit(self) -> int:
         await self._admission.wait()
-        self._require_alive()
+        self._control.require_alive()
         if self._policy_version is None:
             raise EngineError("no policy version is loaded: update the engine first")
         return self._policy_version
@@ -241,7 +239,7 @@ class VllmEngine:
             raise ValueError(f"request {request_id}: {error}") from error
         except (EngineDeadError, EngineGenerateError) as error:
             if isinstance(error, EngineDeadError):
-                self._dead.set()  # at once: whoever is told of the failure asks for it
+                self._control.mark_dead()  # at once: whoever is told of the failure asks for it
             raise EngineError(f"request {request_id} failed: {error}") from error
         raise EngineError(f"request {request_id} was given up by the engine")
 
@@ -258,9 +256,9 @@ class VllmEngine:
         """
         async with self._control_lock:
             self._receiving = None
-            await self._collective("isentrope_leave_group")
-            await self._collective("init_weight_transfer_engine", dataclasses.asdict(spec))
-        await self._poll(
+            await self._control.collective("isentrope_leave_group")
+            await self._control.collective("init_weight_transfer_engine", dataclasses.asdict(spec))
+        await self._control.poll(
             "isentrope_join_status", seconds=2 * spec.timeout_seconds, what="joining the group"
         )
 
@@ -286,8 +284,8 @@ class VllmEngine:
             "source": None if source is None else dataclasses.asdict(source),
         }
         async with self._control_lock:
-            await self._collective("start_weight_update")
-            await self._collective("update_weights", update_info)
+            await self._control.collective("start_weight_update")
+            await self._control.collective("update_weights", update_info)
             self._receiving = version
         logger.debug("receives version %d", version)
 
@@ -332,18 +330,18 @@ class VllmEngine:
         """Leave the broadcast group, if in one; peers that wait for this replica fail at once."""
         async with self._control_lock:
             self._receiving = None
-            await self._collective("isentrope_leave_group")
+            await self._control.collective("isentrope_leave_group")
 
     async def adopt_version(self, version: int) -> None:
         """Declare that the weights loaded from `model_path` are this version."""
         async with self._control_lock:
-            self._require_alive()
-            await self._control(self._llm.update_weight_version(str(version)))
+            self._control.require_alive()
+            await self._control.call(self._llm.update_weight_version(str(version)))
             self._policy_version = version
 
     async def _await_weights(self, expected: int | None, seconds: float) -> tuple[int, float]:
         # Without the lock, so that an update can be aborted meanwhile.
-        statuses = await self._poll(
+        statuses = await self._control.poll(
             "isentrope_receive_status", seconds=seconds, what="receiving weights"
         )
         checksums = {status["checksum"] for status in statuses}
@@ -356,17 +354,17 @@ class VllmEngine:
         async with self._control_lock, self._closed_admission():
             if self._receiving != version:
                 raise BroadcastError(f"the update to version {version} was aborted")
-            self._require_alive()
+            self._control.require_alive()
             self._receiving = None
             paused_at = time.monotonic()
             # Not AsyncLLM.pause_generation, which adds a sleep that serves only log readers.
-            await self._control(
+            await self._control.call(
                 self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
             )
             loading_at = time.monotonic()
             try:
-                await self._collective("finish_weight_update")
-                await self._control(self._llm.update_weight_version(str(version)))
+                await self._control.collective("finish_weight_update")
+                await self._control.call(self._llm.update_weight_version(str(version)))
                 self._policy_version = version
             except EngineError:
                 await self._give_up_requests()
@@ -374,7 +372,7 @@ class VllmEngine:
             finally:
                 load_seconds = time.monotonic() - loading_at
                 if self.is_alive:
-                    await self._control(self._llm.resume_generation())
+                    await self._control.call(self._llm.resume_generation())
             return load_seconds, time.monotonic() - paused_at
 
     async def _give_up_requests(self) -> None:
@@ -382,8 +380,8 @@ class VllmEngine:
         self._policy_version = None
         if self.is_alive:
             running = list(self._llm.output_processor.request_states)
-            await self._control(self._llm.abort(running, internal=True))
-            await self._collective("isentrope_leave_group")
+            await self._control.call(self._llm.abort(running, internal=True))
+            await self._control.collective("isentrope_leave_group")
 
     @contextlib.asynccontextmanager
     async def _closed_admission(self) -> AsyncIterator[None]:
@@ -393,100 +391,8 @@ class VllmEngine:
         finally:
             self._admission.set()
 
-    # --- control calls --------------------------------------------------------------------------
-
-    async def _poll(self, method: str, *, seconds: float, what: str) -> list[dict[str, Any]]:
-        """Ask all workers until each is done.
-
-        Raises:
-            BroadcastError: one failed, or the time has passed.
-        """
-        deadline = time.monotonic() + seconds
-        while True:
-            statuses: list[dict[str, Any]] = await self._collective(method)
-            errors = [status["error"] for status in statuses if status["error"]]
-            if errors:
-                raise BroadcastError(f"{what} failed: {errors[0]}")
-            if all(status["done"] for status in statuses):
-                return statuses
-            if time.monotonic() > deadline:
-                raise BroadcastError(f"{what} took more than {seconds} s")
-            await asyncio.sleep(_STATUS_POLL_SECONDS)
-
-    async def _collective(self, method: str, *args: Any) -> Any:
-        self._require_alive()
-        # Never with vLLM's own timeout: a late reply is then taken for that of the next call.
-        return await self._control(self._llm.collective_rpc(method, args=args))
-
-    async def _control(self, call: Coroutine[Any, Any, T]) -> T:
-        """Await a control call, or the engine's death, or the deadline, whichever is first."""
-        task = asyncio.ensure_future(call)
-        death = asyncio.ensure_future(self._dead.wait())
-        try:
-            await asyncio.wait(
-                {task, death},
-                timeout=self._settings.control_timeout_seconds,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            if not task.done():
-                self._give_up_engine(getattr(call, "__name__", "a control call"))
-            return await task
-        except EngineError:
-            raise
-        except Exception as error:
-            raise EngineError(str(error)) from error
-        finally:
-            task.cancel()
-            death.cancel()
-
-    def _require_alive(self) -> None:
-        if not self.is_alive:
-            raise EngineError("the engine's process has ended")
-
-    def _give_up_engine(self, call: str) -> None:
-        self._require_alive()
-        logger.error("killed the engine: no answer to %s", call)
-        self._kill()
-        raise EngineError(
-            f"the engine did not answer {call} within {self._settings.control_timeout_seconds} s"
-        )
-
-    async def _watch_processes(self) -> None:
-        """Sets `_dead`, once, when vLLM or the process table says that the engine ended."""
-        # A process sets no event, so this has to ask.
-        while not self._llm.errored and all(each.is_alive() for each in self._processes):  # noqa: ASYNC110
-            await asyncio.sleep(_DEATH_POLL_SECONDS)
-        self._dead.set()
-
-    def _kill(self) -> None:
-        for process in self._processes:
-            process.kill()
-        self._dead.set()
-
     async def shutdown(self) -> None:
         """End the engine's process; requests still running fail. Calling it again is harmless."""
-        self._watch.cancel()
-        self._dead.set()
-        if self._llm is None:
-            return
-        self._fail_requests()
-        stop = asyncio.get_running_loop().run_in_executor(
-            None, self._llm.shutdown, _SHUTDOWN_SECONDS
-        )
-        try:
-            await asyncio.wait_for(asyncio.shield(stop), 2 * _SHUTDOWN_SECONDS)
-        except TimeoutError:
-            logger.warning("killed the engine: it did not stop within %s s", _SHUTDOWN_SECONDS)
-        finally:
-            self._kill()
-            self._launcher.shutdown(wait=False)
-            # Collected now, not at the interpreter's end, when its destructor fails noisily.
-            self._llm = None
-
-    def _fail_requests(self) -> None:
-        """What vLLM would do itself a moment later, but with a traceback in the log."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        if self._llm.output_handler is not None:
-            self._llm.output_handler.cancel()
-        self._llm.output_processor.propagate_error(EngineDeadError())
+        await self._control.shutdown()
+        self._launcher.shutdown(wait=False)
+        self._llm = None

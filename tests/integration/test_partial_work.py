@@ -283,7 +283,7 @@ async def test_what_an_engine_sampled_last_is_saved_when_it_dies(
             return engine.progress("last/1", start=16) is not None
 
         await until(has_begun)
-        for process in engine._processes:
+        for process in engine.processes:
             process.kill()
         await asyncio.wait_for(running, PATIENCE_SECONDS)
         (entry,) = await streams.prompts.browse()

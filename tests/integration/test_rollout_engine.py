@@ -475,7 +475,7 @@ async def test_a_replica_whose_engine_stands_still_is_stuck_until_it_goes_on(
     await scene.replica.swapped(engine.policy_version)
     await scene.replica.judged(engine.policy_version, is_confirmed=True)
     running = asyncio.create_task(scene.sampler.run())
-    (process,) = engine._processes
+    (process,) = engine.processes
     os.kill(process.pid, signal.SIGSTOP)
     try:
         await scene.prompts.put(encode_prompt_group(make_prompt()))
