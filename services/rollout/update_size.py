@@ -14,9 +14,8 @@ _WIDEST = 8
 def max_update_bytes(model_folder: Path) -> int:
     """A bound that no version of this model passes.
 
-    Without weights in the folder, all of the machine's memory.
+    All of the machine's memory where the folder has no weights, or the model is a hub's.
     """
-    num_bytes = sum(
-        path.stat().st_size for path in model_folder.iterdir() if path.suffix in _WEIGHT_SUFFIXES
-    )
+    files = model_folder.iterdir() if model_folder.is_dir() else ()
+    num_bytes = sum(path.stat().st_size for path in files if path.suffix in _WEIGHT_SUFFIXES)
     return _WIDEST * num_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -110,6 +110,7 @@ async def test_a_hostile_manifest_is_refused_before_the_engine_hears_of_it(
 
 def test_a_version_has_at_most_eight_times_the_bytes_of_the_model_s_files(tmp_path: Path) -> None:
     assert max_update_bytes(tmp_path) > 1 << 28, "without weights to go by, the machine's memory"
+    assert max_update_bytes(Path("someone/a-hub-model")) > 1 << 28
     (tmp_path / "model-1.safetensors").write_bytes(b"x" * 100)
     (tmp_path / "tokenizer.json").write_bytes(b"x" * 1000)
     assert max_update_bytes(tmp_path) == 800
