@@ -7,7 +7,7 @@ PROTOS := $(wildcard protos/*.proto)
 SERVICE_PROTOS := $(shell grep -l '^service ' $(PROTOS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench bench-entropy bench-head bench-methods bench-publish bench-scale bench-wire chaos fuzz lint proto check-proto images manifests alerts dashboard monitor
+.PHONY: help setup demo test bench bench-async bench-entropy bench-head bench-learner bench-methods bench-mismatch bench-publish bench-scale bench-trl bench-wire chaos fuzz lint proto check-proto images manifests alerts dashboard monitor
 
 help: ## Show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -27,20 +27,32 @@ test: setup ## Unit tests, then short runs with real parts, and with parts kille
 
 bench: bench-head bench-methods bench-publish bench-wire ## Every benchmark but the study and the fleet; its results are in tests/bench/results
 
+bench-async: setup ## Samples ahead beside waiting for each batch, learner and replica on a core each
+	$(BIN)/python -m tests.bench.learner_async
+
 bench-entropy: setup ## The entropy study: 10 arms x 5 seeds, 1 to 2 h on two cores; goes on where it stopped
 	$(BIN)/python -m tests.bench.entropy_study
 
 bench-head: setup ## The output embedding and its entropies beside plain products, TRL, Liger and verl
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.fused_head
 
+bench-learner: setup ## Tokens/s, use of the hardware, memory and phases of a step; CHECK=1 compares with the baseline
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.learner $(if $(CHECK),--check)
+
 bench-methods: setup ## What each method adds to a learner step
 	$(BIN)/python -m tests.bench.method_cost --rounds small=4 large=2
+
+bench-mismatch: setup ## The learner's log-probs against vLLM's, by type
+	$(BIN)/python -m tests.bench.mismatch
 
 bench-publish: setup ## Weights to a replica beside a plain broadcast, and how long a replica pauses
 	$(BIN)/python -m tests.bench.publish
 
 bench-scale: setup ## Up to 200 simulated replicas against one Redis and one control plane; about six minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.scale
+
+bench-trl: setup ## Beside TRL's GRPO trainer, end to end and the learner alone; wants a quiet machine
+	$(BIN)/python -m tests.bench.trl_paired
 
 bench-wire: setup ## Bytes a token on the streams, and how fast they are written and read
 	$(BIN)/python -m tests.bench.wire

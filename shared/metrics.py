@@ -219,6 +219,11 @@ LEARNER_ENTROPY_BOUND = Gauge("isentrope_learner_entropy_bound_nats", "AEnt's ba
 LEARNER_CHECKPOINTS = Counter(
     "isentrope_learner_checkpoints_total", "Checkpoints by result.", ["result"]
 )
+LEARNER_CHECKPOINT_SECONDS = Histogram(
+    "isentrope_learner_checkpoint_seconds",
+    "Time from a checkpoint's snapshot until the disk has it, most of it beside the training.",
+    buckets=[0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024],
+)
 
 # Of the learner alone: elsewhere a time of 0 would read as a step made in 1970.
 LEARNER_STALLED = Gauge(

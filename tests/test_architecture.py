@@ -28,11 +28,17 @@ HOMES = {
     "prometheus_client": {"shared/metrics.py"},
     "vllm": {
         "services/rollout/engine.py",
+        "services/rollout/engine_control.py",
         "services/rollout/vllm_launch.py",
         "services/rollout/vllm_requests.py",
         "services/rollout/weight_receiver.py",
     },
-    "deepspeed": {"services/learner/zero.py", "services/learner/ranks.py"},
+    "deepspeed": {
+        "services/learner/zero.py",
+        "services/learner/ranks.py",
+        "services/learner/reshape.py",
+    },
+    "peft": {"services/learner/lora.py"},
     "matplotlib": {"services/cli/figures.py"},
     "reasoning_gym": {"shared/tasks/reasoning_gym.py"},
     "math_verify": {"shared/tasks/math.py"},

@@ -46,6 +46,14 @@ def test_every_run_file_that_is_shipped_is_valid(path: Path) -> None:
             "learner.optimizer_steps_per_batch = 3: does not divide groups_per_batch = 16",
         ),
         (
+            RUN + '[warmup]\n[learner]\noffload = "cpu"\n',
+            'learner.offload = "cpu": DeepSpeed offloads what ZeRO holds, and zero_stage = 0',
+        ),
+        (
+            RUN + "[warmup]\n[learner.lora]\ndropout = 0.1\n",
+            "learner.lora.dropout = 0.1: unknown key",
+        ),
+        (
             RUN + "[warmup]\n[learner]\ngroups_per_batch = 5000\n",
             "redis.max_prompts = 4096: needs room for 15000 groups",
         ),

@@ -181,6 +181,7 @@ async def _run(
             task.cancel()
         learner.journal.close()
         learner.history.close()
+        await learner.saver.close()
         await learner.publisher.close()
 
 

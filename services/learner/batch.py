@@ -2,14 +2,14 @@
 
 A batch is R rows. Values per token are matrices [R, C] with C the longest completion, `mask` True
 on sampled tokens. Rows are cut by whole groups into optimiser mini-batches, and each of those
-into micro-batches over the ranks. Every rank holds the same batch and makes the same plan, so
-nothing about it has to be sent.
+into micro-batches over the ranks. Every rank knows of all rows and makes the same plan, so nothing
+about it has to be sent; tokens it has of its own rows alone (`services.learner.shares`).
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import accumulate, chain, pairwise
@@ -32,13 +32,15 @@ class Row:
 
     Attributes:
         group: position of its group in the batch.
+        token_ids: prompt and completion; None where the row is another rank's.
         uid_hash: signed 64 bits that tell completions apart, the same in every process.
         num_versions: policy versions that sampled it.
     """
 
     group: int
-    prompt_token_ids: array[int]
-    completion: Completion
+    num_prompt_tokens: int
+    num_completion_tokens: int
+    token_ids: array[int] | None
     reward: float
     advantage: float
     uid_hash: int
@@ -48,7 +50,7 @@ class Row:
     @property
     def num_tokens(self) -> int:
         """Prompt and completion."""
-        return len(self.prompt_token_ids) + len(self.completion.token_ids)
+        return self.num_prompt_tokens + self.num_completion_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,8 @@ class Batch:
     """The rows of one training step and their values per token.
 
     Attributes:
+        groups: none on a rank that has only its own rows' tokens; then the values per token are
+            there for its own rows, and 0 elsewhere.
         minibatches: ranges of row numbers, in order, none empty; they cover all rows.
         mask: [R, C] bool.
         advantages, behaviour_logprobs: [R, C] float32, 0 outside mask.
@@ -71,6 +75,29 @@ class Batch:
     behaviour_logprobs: Tensor
     staleness: Tensor
     uid_hashes: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        rows: Sequence[Row],
+        minibatches: Sequence[range],
+        groups: Sequence[ScoredGroup] = (),
+    ) -> Batch:
+        """All but what was reported of single tokens, which is 0 still."""
+        lengths = torch.tensor([row.num_completion_tokens for row in rows], dtype=torch.int64)
+        width = int(lengths.max()) if rows else 0
+        mask = torch.arange(width) < lengths.unsqueeze(1)
+        of_rows = torch.tensor([row.advantage for row in rows])
+        return cls(
+            groups=tuple(groups),
+            rows=tuple(rows),
+            minibatches=tuple(minibatches),
+            mask=mask,
+            advantages=torch.where(mask, of_rows.unsqueeze(1), 0.0),
+            behaviour_logprobs=torch.zeros(mask.shape),
+            staleness=torch.zeros(mask.shape, dtype=torch.int64),
+            uid_hashes=torch.tensor([row.uid_hash for row in rows], dtype=torch.int64),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,29 +160,18 @@ def build_batch(groups: Sequence[ScoredGroup], config: RunConfig, *, policy_vers
     cuts = [len(groups) * i // num_minibatches for i in range(num_minibatches + 1)]
     starts = [sum(len(each) for each in rows_by_group[:cut]) for cut in cuts]
     minibatches = tuple(range(start, end) for start, end in pairwise(starts) if end > start)
-    of_rows = [row.advantage for row in rows]
-    lengths = torch.tensor([len(row.completion.token_ids) for row in rows], dtype=torch.int64)
-    width = int(lengths.max()) if rows else 0
-    mask = torch.arange(width) < lengths.unsqueeze(1)
-    behaviour, ages = torch.zeros(mask.shape), torch.zeros(mask.shape, dtype=torch.int64)
-    for number, row in enumerate(rows):
-        logprobs = row.completion.behaviour_logprobs
-        behaviour[number, : len(logprobs)] = torch.frombuffer(logprobs, dtype=torch.float32)
+    batch = Batch.of(rows, minibatches, groups)
+    for number, completion in enumerate(_usable(groups)):
+        logprobs = completion.behaviour_logprobs
+        batch.behaviour_logprobs[number, : len(logprobs)] = torch.frombuffer(
+            logprobs, dtype=torch.float32
+        )
         start = 0
-        for run in row.completion.version_runs:
+        for run in completion.version_runs:
             age = staleness(policy_version, [run.policy_version])
-            ages[number, start : start + run.num_tokens] = age
+            batch.staleness[number, start : start + run.num_tokens] = age
             start += run.num_tokens
-    return Batch(
-        groups=tuple(groups),
-        rows=rows,
-        minibatches=minibatches,
-        mask=mask,
-        advantages=torch.where(mask, torch.tensor(of_rows).unsqueeze(1), 0.0),
-        behaviour_logprobs=behaviour,
-        staleness=ages,
-        uid_hashes=torch.tensor([row.uid_hash for row in rows], dtype=torch.int64),
-    )
+    return batch
 
 
 def plan_micro_batches(
@@ -168,7 +184,7 @@ def plan_micro_batches(
     loads = {}
     for row in rows:
         num_tokens = batch.rows[row].num_tokens
-        num_predictions = len(batch.rows[row].completion.token_ids)
+        num_predictions = batch.rows[row].num_completion_tokens
         loads[row] = Load(num_tokens, cost.of(num_tokens, num_predictions))
     return plan_passes(
         loads, num_ranks=num_ranks, max_tokens=micro_batch_tokens, is_padded=cost.is_padded
@@ -186,18 +202,16 @@ def selection_keys(batch: Batch, *, seed: int, step: int) -> Tensor:
 
 
 def collate(batch: Batch, rows: Sequence[int]) -> MicroBatch:
-    """The micro-batch of these rows."""
+    """The micro-batch of these rows, whose tokens this rank has."""
     if not rows:
         # A pass of no completion, which meets every weight all the same.
         empty = collate_sequences([torch.zeros(2, dtype=torch.int64)])
         return replace(empty, mask=torch.zeros_like(empty.mask))
     chosen = [batch.rows[row] for row in rows]
-    sequences = [
-        torch.cat([_token_ids(row.prompt_token_ids), _token_ids(row.completion.token_ids)])
-        for row in chosen
-    ]
-    micro_batch = _pack(sequences, [len(row.prompt_token_ids) for row in chosen])
-    longest = max(len(row.completion.token_ids) for row in chosen)
+    sequences = [_token_ids(row.token_ids) for row in chosen if row.token_ids is not None]
+    assert len(sequences) == len(chosen), "a row of another rank"
+    micro_batch = _pack(sequences, [row.num_prompt_tokens for row in chosen])
+    longest = max(row.num_completion_tokens for row in chosen)
     return replace(micro_batch, rows=tuple(rows), mask=batch.mask[list(rows), :longest])
 
 
@@ -250,8 +264,9 @@ def _group_rows(
         rows.append(
             Row(
                 group=number,
-                prompt_token_ids=prompt.prompt_token_ids,
-                completion=completion,
+                num_prompt_tokens=len(prompt.prompt_token_ids),
+                num_completion_tokens=len(completion.token_ids),
+                token_ids=prompt.prompt_token_ids + completion.token_ids,
                 reward=group.scores[place].reward,
                 advantage=advantages[place],
                 uid_hash=hash_completion(prompt.uid, place),
@@ -260,6 +275,13 @@ def _group_rows(
             )
         )
     return rows
+
+
+def _usable(groups: Sequence[ScoredGroup]) -> Iterator[Completion]:
+    for group in groups:
+        for completion, score in zip(group.rollout.completions, group.scores, strict=True):
+            if score.is_usable:
+                yield completion
 
 
 def _token_ids(values: array[int]) -> Tensor:

@@ -4,6 +4,8 @@
 
 Everything is written to a temporary sibling and synced, the manifest (sizes and CRCs) last, then
 the folder is renamed. A folder whose manifest does not fit is damaged, and is never loaded.
+
+All of this may run in a thread beside the training: what it writes is a snapshot.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,12 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 ENGINE = "engine"
 _CHUNK_BYTES = 2**20
+
+Fingerprint = tuple[int, int]
+"""Size and CRC-32 of a file."""
+
+Written = Mapping[str, Fingerprint] | None
+"""Files below the engine's folder that are synced already, by whoever wrote them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +51,12 @@ class Checkpoint:
 
 
 def write_checkpoint(
-    root: Path, *, step: int, state: dict[str, Any], save_engine: Callable[[Path], None]
+    root: Path, *, step: int, state: dict[str, Any], save_engine: Callable[[Path], Written]
 ) -> Path:
     """Write the checkpoint of `step` under `root`; its folder once it is safely there.
 
+    Args:
+        save_engine: what it does not list is read again, and synced here.
     Raises:
         CheckpointError: the disk refused; nothing is left behind.
     """
@@ -56,11 +66,11 @@ def write_checkpoint(
         root.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        save_engine(temporary / ENGINE)
+        written = save_engine(temporary / ENGINE) or {}
         (temporary / STATE).write_text(json.dumps({**state, "step": step}), "utf8")
-        _write_manifest(temporary)
+        _write_manifest(temporary, {f"{ENGINE}/{name}": each for name, each in written.items()})
         os.rename(temporary, final)
-        _sync(root)
+        sync(root)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
@@ -80,10 +90,28 @@ def newest_checkpoint(root: Path) -> Checkpoint | None:
     return _read(folders[-1]) if folders else None
 
 
-def prune_checkpoints(root: Path, *, keep: int) -> None:
-    """Delete all but the `keep` newest, and what crashes left half written."""
-    for folder in [*sorted(root.glob("step-*"))[:-keep], *root.glob(".step-*.tmp")]:
+def prune_checkpoints(
+    root: Path, *, keep: int, keep_best: int = 0, scores: Mapping[int, float] | None = None
+) -> None:
+    """Delete all but the newest and the best, and what crashes left half written.
+
+    Args:
+        keep: newest ones that stay.
+        keep_best: of those that have a score, so many with the highest stay as well.
+        scores: evaluation score by step; of equal ones the newer is the better.
+    """
+    folders, known = sorted(root.glob("step-*")), scores or {}
+    scored = [folder for folder in folders if _step_of(folder) in known]
+    best = sorted(scored, key=lambda folder: (known[_step_of(folder)], folder.name))[::-1]
+    kept = {*folders[-keep:], *best[:keep_best]}
+    for folder in [*(each for each in folders if each not in kept), *root.glob(".step-*.tmp")]:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _step_of(folder: Path) -> int:
+    """By the folder's name; -1 if somebody named it otherwise."""
+    number = folder.name.split("-")[1]
+    return int(number) if number.isdecimal() else -1
 
 
 def _free_name(root: Path, step: int) -> Path:
@@ -104,7 +132,7 @@ def _read(folder: Path) -> Checkpoint:
             # The size first: what is no file of the checkpoint may have no end.
             if not _is_within(folder, path) or path.stat().st_size != size:
                 raise ValueError(f"{name} is not as it was written")
-            if _fingerprint(path) != (size, crc):
+            if fingerprint(path) != (size, crc):
                 raise ValueError(f"{name} is not as it was written")
         state = json.loads((folder / STATE).read_text("utf8"))
         return Checkpoint(folder, int(state["step"]), state)
@@ -119,18 +147,20 @@ def _is_within(folder: Path, path: Path) -> bool:
     return path.is_file() and path.resolve().is_relative_to(folder.resolve())
 
 
-def _write_manifest(folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    listed = {str(path.relative_to(folder)): _fingerprint(path) for path in files}
-    for path in [*files, *{path.parent for path in files}]:
-        _sync(path)
-    (folder / MANIFEST).write_text(json.dumps(listed), "utf8")
-    _sync(folder / MANIFEST)
-    _sync(folder)
+def _write_manifest(folder: Path, written: Mapping[str, Fingerprint]) -> None:
+    """List `written`, which is on the disk, and every other file, which is brought there."""
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    rest = {name: path for name, path in files.items() if name not in written}
+    listed = {**written, **{name: fingerprint(path) for name, path in rest.items()}}
+    for path in [*rest.values(), *{path.parent for path in files.values()}]:
+        sync(path)
+    (folder / MANIFEST).write_text(json.dumps(dict(sorted(listed.items()))), "utf8")
+    sync(folder / MANIFEST)
+    sync(folder)
 
 
-def _fingerprint(path: Path) -> tuple[int, int]:
-    """Size and CRC-32 of a file."""
+def fingerprint(path: Path) -> Fingerprint:
+    """Size and CRC-32 of a file, by reading it."""
     size, crc = 0, 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -138,7 +168,8 @@ def _fingerprint(path: Path) -> tuple[int, int]:
     return size, crc
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the disk hold a file, or a folder's names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -8,29 +8,27 @@ policy on DeepSpeed.
 from __future__ import annotations
 
 import contextlib
-import struct
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from threading import Thread
 
 import torch
 from torch import Tensor
 
-from services.learner.batch import collate_sequences
+from services.learner.batch import Batch, build_batch, collate_sequences
 from services.learner.measures import StepReport
-from services.learner.parts import UNREADABLE, check_parts, unreadable, write_parts
+from services.learner.parts import UNREADABLE, check_parts, unreadable
 from services.learner.policy import Policy, export_policy
 from services.learner.policy_weights import PolicyWeights
 from services.learner.ranks import Command, Opcode, Ranks
+from services.learner.reshape import reshaped
+from services.learner.shares import hand_out, pack_rows, take_share, unpack_rows
+from services.learner.snapshot import Snapshot
 from services.learner.training import Trainer
 from services.learner.zero import CHECKPOINT_TAG, ZeroModel
 from shared.buckets import Manifest
-from shared.codec import (
-    decode_scored_group,
-    encode_scored_group,
-    pack_token_ids,
-    unpack_token_ids,
-)
+from shared.codec import pack_token_ids, unpack_token_ids
 from shared.config import Environment, RunConfig
 from shared.errors import EngineError
 from shared.records import ScoredGroup
@@ -55,6 +53,7 @@ class LearnerEngine:
         self._model = model
         self._ranks = ranks
         self._trainer = Trainer(config, model, ranks)
+        self._writer: Thread | None = None
         self._is_open = True
 
     @classmethod
@@ -62,14 +61,16 @@ class LearnerEngine:
         """Join the ranks, load the model, set up DeepSpeed.
 
         Raises:
-            ConfigError: the ranks have no common address, or the model's head is unsupported.
+            ConfigError: the ranks have no common address, or the model is unsupported.
             StartError: there is no such model.
         """
         torch.set_num_threads(config.learner.threads)
         policy = _load_policy(config, model_path)
+        if config.learner.lora is not None:
+            policy.add_adapters(config.learner.lora, seed=config.run.seed)
         ranks = Ranks.join(environment)
         reference = None
-        if config.reference_kl.coef > 0:
+        if config.reference_kl.coef > 0 and policy.adapters is None:
             reference = _load_policy(config, model_path).requires_grad_(False).to(ranks.device)
         if config.learner.activation_checkpointing:
             policy.checkpoint_activations(is_reentrant=config.learner.zero_stage == 3)
@@ -95,8 +96,10 @@ class LearnerEngine:
             EngineError: another rank is gone, or the device failed.
         """
         with self._failures():
-            self._ranks.send(Command(Opcode.TRAIN, step, policy_version, _frame(groups)))
-            return self._trainer.train(groups, step=step, policy_version=policy_version)
+            batch = build_batch(groups, self._config, policy_version=policy_version)
+            self._ranks.send(Command(Opcode.TRAIN, step, payload=pack_rows(batch)))
+            hand_out(batch, self._trainer.shares(batch), self._ranks)
+            return self._trainer.train_batch(batch, step=step)
 
     def score_tokens(self, token_ids: Sequence[int]) -> list[float]:
         """Log-prob, at temperature 1, of each token but the first under the current weights.
@@ -122,39 +125,62 @@ class LearnerEngine:
         A tensor is the live weight or a copy: read it before the next call of `train`. Under
         ZeRO-3 the ranks gather them a bucket at a time; stopping early is allowed.
         """
-        named = self._weights.named()
         if self._config.learner.zero_stage < 3:
-            yield from ((name, weight.detach()) for name, weight in named)
+            yield from self._read(range(len(self._weights.published())))
             return
         for bucket in self._weights.buckets(self._config.weights.bucket_mib * 2**20):
-            with self._failures():
-                self._ranks.send(Command(Opcode.GATHER, bucket.start, bucket.stop))
-                gathered = self._gather(bucket)
-            yield from zip((named[i][0] for i in bucket), gathered, strict=True)
-            del gathered  # before the next are gathered
+            yield from self._read(bucket)
 
-    def save(self, folder: Path) -> None:
-        """Write everything that `load` needs to go on as if nothing had happened."""
-        folder.mkdir(parents=True, exist_ok=True)
+    def _read(self, numbers: range) -> Iterator[tuple[str, Tensor]]:
+        """These of all weights, as `weights`."""
+        chosen = self._weights.all()[numbers.start : numbers.stop]
+        if self._config.learner.zero_stage < 3:
+            yield from ((each.name, self._weights.value(each)) for each in chosen)
+            return
         with self._failures():
-            self._ranks.send(Command(Opcode.SAVE, payload=str(folder).encode()))
-            self._save(folder)
-        write_parts(folder, folder / CHECKPOINT_TAG, self._layout())
+            self._ranks.send(Command(Opcode.GATHER, numbers.start, numbers.stop))
+            gathered = self._gather(numbers)
+        yield from zip((each.name for each in chosen), gathered, strict=True)
+
+    def snapshot(self, *, copies: bool) -> Snapshot:
+        """Everything that `load` needs to go on as if nothing had happened, as it is now.
+
+        Let one go before the next is taken.
+
+        Args:
+            copies: True copies it to the host's memory, so that it can be written while the
+                engine trains; False needs no memory, and no call before it is written.
+        Raises:
+            EngineError: another rank is gone.
+        """
+        with self._failures():
+            self._ranks.send(Command(Opcode.SNAPSHOT, int(copies)))
+            return self._snapshot(copies=copies)
 
     def load(self, folder: Path) -> None:
-        """Continue from what `save` wrote; call it on a fresh engine.
+        """Continue from what a snapshot wrote, of any number of ranks; for a fresh engine.
 
         Raises:
-            CheckpointError: missing, damaged, or of another number of ranks or ZeRO stage.
+            CheckpointError: missing, damaged, or of another ZeRO stage.
         """
-        check_parts(folder, self._layout())
-        self._ranks.send(Command(Opcode.LOAD, payload=str(folder).encode()))
-        self._load(folder)
+        zero_stage, num_ranks = self._config.learner.zero_stage, self._ranks.world_size
+        is_reshaped = check_parts(folder, zero_stage=zero_stage) != num_ranks and zero_stage > 0
+        with reshaped(folder, CHECKPOINT_TAG) if is_reshaped else contextlib.nullcontext():
+            self._ranks.send(Command(Opcode.LOAD, is_reshaped, payload=str(folder).encode()))
+            self._load(folder, is_reshaped=is_reshaped)
 
     def export(self, folder: Path) -> None:
-        """Write the policy in Hugging Face form, with its tokenizer."""
+        """Write the policy in Hugging Face form, with its tokenizer.
+
+        Adapters are in it, and stand once more in `adapter`, in peft's form.
+        """
         weights = {name: weight.cpu() for name, weight in self.weights()}
         export_policy(self._policy, weights, self._model_path, folder)
+        if self._policy.adapters is not None:
+            count = len(self._weights.published())
+            numbers = range(count, count + len(self._weights.adapters()))
+            parts = {name: weight.cpu() for name, weight in self._read(numbers)}
+            self._policy.adapters.export(folder / "adapter", parts, base=self._model_path)
 
     def follow(self) -> None:
         """Obey rank 0 until it closes; for every other rank.
@@ -167,13 +193,15 @@ class LearnerEngine:
         """
         assert self.rank > 0, "rank 0 gives the commands"
         handlers: dict[Opcode, Callable[[Command], object]] = {
-            Opcode.TRAIN: lambda command: self._trainer.train(
-                _unframe(command.payload), step=command.first, policy_version=command.second
+            Opcode.TRAIN: lambda command: self._follow_training(
+                unpack_rows(command.payload), step=command.first
             ),
             Opcode.SCORE: lambda command: self._score(command.payload),
             Opcode.GATHER: lambda command: self._gather(range(command.first, command.second)),
-            Opcode.SAVE: lambda command: self._save(Path(command.payload.decode())),
-            Opcode.LOAD: lambda command: self._load(Path(command.payload.decode())),
+            Opcode.SNAPSHOT: lambda command: self._follow_snapshot(copies=bool(command.first)),
+            Opcode.LOAD: lambda command: self._load(
+                Path(command.payload.decode()), is_reshaped=bool(command.first)
+            ),
         }
         with self._failures():
             while (command := self._ranks.receive()).opcode is not Opcode.CLOSE:
@@ -198,6 +226,10 @@ class LearnerEngine:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise EngineError(f"rank {self.rank} cannot go on: {reason}") from error
 
+    def _follow_training(self, batch: Batch, *, step: int) -> None:
+        mine = self._trainer.shares(batch)[self.rank]
+        self._trainer.train_batch(take_share(batch, mine, self._ranks), step=step)
+
     def _score(self, payload: bytes) -> list[float]:
         token_ids = torch.tensor(unpack_token_ids(payload), dtype=torch.int64)
         sequence = collate_sequences([token_ids]).to(self._ranks.device)
@@ -207,25 +239,33 @@ class LearnerEngine:
 
     def _gather(self, bucket: range) -> list[Tensor]:
         """Copies of these weights, whole, on rank 0; all ranks call it together."""
-        weights = [weight for _, weight in self._weights.named()[bucket.start : bucket.stop]]
-        return self._model.gather(weights, wanted=self.rank == 0)
+        weights = self._weights.all()[bucket.start : bucket.stop]
+        sources = [each for weight in weights for each in self._weights.sources(weight)]
+        with self._model.whole(sources):
+            if self.rank > 0:
+                return []
+            return [self._weights.value(weight).clone() for weight in weights]
 
-    def _layout(self) -> dict[str, int]:
-        """What a checkpoint must agree with."""
-        return {
-            "num_ranks": self._ranks.world_size,
-            "zero_stage": self._config.learner.zero_stage,
-        }
-
-    def _save(self, folder: Path) -> None:
+    def _snapshot(self, *, copies: bool) -> Snapshot:
         client_state = {
             "controller": self._trainer.coefficient.state_dict(),
             "rng": torch.get_rng_state(),
         }
-        self._model.save(folder, client_state)
+        files = self._model.snapshot(client_state, copies=copies)
+        zero_stage, num_ranks = self._config.learner.zero_stage, self._ranks.world_size
+        return Snapshot(files, self._ranks, {"num_ranks": num_ranks, "zero_stage": zero_stage})
 
-    def _load(self, folder: Path) -> None:
-        client_state = self._model.load(folder)
+    def _follow_snapshot(self, *, copies: bool) -> None:
+        if self._writer is not None:
+            self._writer.join()  # soon: rank 0 has heard from it
+        snapshot = self._snapshot(copies=copies)
+        self._writer = Thread(target=snapshot.follow, name="checkpoint")
+        self._writer.start()
+        if not copies:
+            self._writer.join()
+
+    def _load(self, folder: Path, *, is_reshaped: bool) -> None:
+        client_state = self._model.load(folder, is_reshaped=is_reshaped)
         try:
             torch.set_rng_state(client_state["rng"])
             self._trainer.coefficient.load_state_dict(client_state["controller"])
@@ -234,6 +274,8 @@ class LearnerEngine:
 
     def _leave(self) -> None:
         self._is_open = False
+        if self._writer is not None:
+            self._writer.join()
         self._model.leave()
 
 
@@ -243,18 +285,3 @@ def _load_policy(config: RunConfig, model_path: str) -> Policy:
         dtype=getattr(torch, config.model.dtype),
         chunk=config.learner.logit_chunk_tokens,
     )
-
-
-def _frame(groups: Sequence[ScoredGroup]) -> bytes:
-    """Each group's bytes after their length."""
-    encoded = [encode_scored_group(group) for group in groups]
-    return b"".join(struct.pack("<I", len(each)) + each for each in encoded)
-
-
-def _unframe(payload: bytes) -> list[ScoredGroup]:
-    groups, start = [], 0
-    while start < len(payload):
-        (size,) = struct.unpack_from("<I", payload, start)
-        groups.append(decode_scored_group(payload[start + 4 : start + 4 + size]))
-        start += 4 + size
-    return groups

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -202,6 +202,11 @@ class LawFit:
     def add_score(self, policy_version: int, score: float) -> None:
         """Evaluation score of a version."""
         self._scores[policy_version] = score
+
+    @property
+    def scores(self) -> Mapping[int, float]:
+        """Evaluation score by version."""
+        return self._scores
 
     def metrics(self) -> dict[str, float]:
         """The law so far, and the forecast that it allows; {} before the first entropy.

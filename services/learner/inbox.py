@@ -158,11 +158,16 @@ class Inbox:
             if not entries:
                 await while_waiting(0)
 
-    async def acknowledge(self) -> None:
-        """A checkpoint contains the effect of everything taken so far."""
-        await self._scored.acknowledge(self._unacknowledged)
-        self._held.difference_update(self._unacknowledged)
-        self._unacknowledged.clear()
+    async def acknowledge(self, count: int | None = None) -> None:
+        """A checkpoint contains the effect of the first `count` that are not acknowledged yet.
+
+        Args:
+            count: `num_unacknowledged` at the moment of the checkpoint; all, if None.
+        """
+        contained = self._unacknowledged[:count]
+        await self._scored.acknowledge(contained)
+        self._held.difference_update(contained)
+        del self._unacknowledged[: len(contained)]
 
     async def _next(self, count: int) -> list[Entry]:
         if self._backlog:

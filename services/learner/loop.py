@@ -9,7 +9,7 @@
 
 Consumes scored groups. Waits for them, and while it waits brings late replicas up to date.
 Unblocked by verifiers. Stops when the last step is done, or when asked to: then a checkpoint is
-written first.
+written first. The others are written while it trains on.
 """
 
 from __future__ import annotations
@@ -24,12 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from services.learner.checkpoint import (
-    Checkpoint,
-    newest_checkpoint,
-    prune_checkpoints,
-    write_checkpoint,
-)
+from services.learner.checkpoint import Checkpoint, newest_checkpoint
 from services.learner.evaluation import Evaluator, LawFit
 from services.learner.feeder import Feeder
 from services.learner.inbox import Inbox, group_staleness, trace_end
@@ -40,6 +35,7 @@ from services.learner.outage import StopRequestedError
 from services.learner.progress import Progress
 from services.learner.publisher import OnEngine, Publication, Publisher
 from services.learner.reconcile import Reconciler
+from services.learner.saver import EngineSnapshot, Saver
 from services.learner.telemetry import (
     count_step,
     numbers,
@@ -49,7 +45,7 @@ from services.learner.telemetry import (
 )
 from shared.config import RunConfig
 from shared.errors import CheckpointError, StreamError
-from shared.metrics import LEARNER_CHECKPOINTS, LEARNER_PHASE, LearnerGauges
+from shared.metrics import LEARNER_PHASE, LearnerGauges
 from shared.records import ScoredGroup
 from shared.redis_stream import Streams
 
@@ -63,7 +59,7 @@ class TrainingEngine(Protocol):
 
     def train(self, groups: list[ScoredGroup], *, step: int, policy_version: int) -> StepReport: ...
 
-    def save(self, folder: Path) -> None: ...
+    def snapshot(self, *, copies: bool) -> EngineSnapshot: ...
 
     def load(self, folder: Path) -> None: ...
 
@@ -91,6 +87,18 @@ class Learner:
     gauges: LearnerGauges
     progress: Progress
     phases: dict[str, float] = field(default_factory=dict)
+    saver: Saver = field(init=False)
+
+    def __post_init__(self) -> None:
+        checkpoint = self.config.checkpoint
+        self.saver = Saver(
+            config=checkpoint,
+            root=self._checkpoints,
+            snapshot=lambda: self.engine.snapshot(copies=checkpoint.asynchronous),
+            on_engine=self.on_engine,
+            inbox=self.inbox,
+            progress=self.progress,
+        )
 
     async def run(self, *, resume: bool) -> None:
         """From the start, or the newest checkpoint, to the last step; or until asked to stop."""
@@ -106,9 +114,9 @@ class Learner:
                 await self.inbox.take_evaluations(while_waiting=self._wait_for_evaluations)
         except StopRequestedError:
             logger.info("stops at step %d as asked", self.progress.step)
-            await self._checkpoint()
+            await self._last_checkpoint()
             return
-        await self._checkpoint()
+        await self._last_checkpoint()
         self.progress.enter("exports the model")
         await self.on_engine(lambda: self.engine.export(self.run_folder / "model"))
         self.progress.is_finished = True
@@ -162,7 +170,7 @@ class Learner:
         if self.evaluator.is_due(step):
             await self.evaluator.issue(step, policy_version=step)
         if step % self.config.checkpoint.every_steps == 0:
-            await self._try_checkpoint()
+            await self._checkpoint()
 
     def _finish_groups(self, step: int, batch: list[ScoredGroup], *, policy_version: int) -> None:
         prompts = [group.rollout.prompt for group in batch]
@@ -256,11 +264,16 @@ class Learner:
         What was taken stays on `scored` until a checkpoint; groups that dynamic sampling replaces
         are not foreseen in its size.
         """
-        scored = self.streams.scored
-        is_full = (await scored.depth()).reaches(scored.bounds)
-        if is_full and self.inbox.num_unacknowledged:
+        if self.saver.is_under_way and await self._is_scored_full():
+            await self._settle()
+        if self.inbox.num_unacknowledged and await self._is_scored_full():
             logger.info("checkpoints early: `scored` is full of what was taken")
-            await self._try_checkpoint()
+            await self._checkpoint()
+            await self._settle()
+
+    async def _is_scored_full(self) -> bool:
+        scored = self.streams.scored
+        return (await scored.depth()).reaches(scored.bounds)
 
     async def _wait_for_evaluations(self, _: int) -> None:
         await self._wait_for_groups(self.evaluator.num_missing)
@@ -277,66 +290,54 @@ class Learner:
         Raises:
             StopRequestedError: the run is to stop.
         """
-        if self.progress.is_stopping:
-            raise StopRequestedError
-        if self.progress.checkpoint_requests:
-            await self._try_checkpoint()
+        await self._serve_requests()
         await self._observe()
         while self.progress.is_paused:
             self.progress.rest()
             await asyncio.sleep(POLL_SECONDS)
             await self._bring_late_replicas_up()
-            if self.progress.is_stopping:
-                raise StopRequestedError
+            await self._serve_requests()
 
-    async def _try_checkpoint(self) -> None:
-        """A checkpoint; if it fails training goes on, and the next one is tried."""
-        try:
+    async def _serve_requests(self) -> None:
+        if self.progress.is_stopping:
+            raise StopRequestedError
+        if self.progress.checkpoint_requests:
             await self._checkpoint()
-        except CheckpointError as error:
-            logger.error("%s", error)
+        if self.saver.is_written:
+            await self._settle()
 
     async def _checkpoint(self) -> None:
-        """Write a checkpoint, then acknowledge what it contains.
+        """Begin a checkpoint of what the run is now; it is written while the loop goes on."""
+        step = self.progress.step
+        with self._phase("checkpoint", f"takes the checkpoint of step {step}"):
+            await self.saver.save(
+                {
+                    "ledger": self.ledger.state_dict(),
+                    "evaluator": self.evaluator.state_dict(),
+                    "law": self.law.state_dict(),
+                    "metrics": self.progress.metrics,
+                    "journals": {name: each.num_bytes for name, each in self._journals.items()},
+                },
+                scores=self.law.scores,
+            )
+
+    async def _settle(self) -> None:
+        """The end of the checkpoint under way; if it failed training goes on to the next one."""
+        with self._phase("checkpoint", "waits until the checkpoint is written"):
+            try:
+                await self.saver.settle()
+            except CheckpointError as error:
+                logger.error("%s", error)
+
+    async def _last_checkpoint(self) -> None:
+        """A checkpoint, and it is there when this returns.
 
         Raises:
             CheckpointError: it could not be written.
         """
-        asked, self.progress.checkpoint_requests = self.progress.checkpoint_requests, []
+        await self._checkpoint()
         with self._phase("checkpoint", f"writes the checkpoint of step {self.progress.step}"):
-            try:
-                folder: Path = await self.on_engine(self._write_checkpoint)
-            except CheckpointError as error:
-                LEARNER_CHECKPOINTS.labels(result="error").inc()
-                for future in _unanswered(asked):
-                    future.set_exception(error)
-                raise
-            await self._acknowledge()
-        LEARNER_CHECKPOINTS.labels(result="ok").inc()
-        for future in _unanswered(asked):
-            future.set_result(folder)
-        prune_checkpoints(self._checkpoints, keep=self.config.checkpoint.keep)
-
-    async def _acknowledge(self) -> None:
-        try:
-            await self.inbox.acknowledge()
-        except StopRequestedError:
-            # A resumed run reads these entries again, and its ledger drops them.
-            logger.warning("stops without Redis: what was trained is not acknowledged")
-
-    def _write_checkpoint(self) -> Path:
-        return write_checkpoint(
-            self._checkpoints,
-            step=self.progress.step,
-            save_engine=self.engine.save,
-            state={
-                "ledger": self.ledger.state_dict(),
-                "evaluator": self.evaluator.state_dict(),
-                "law": self.law.state_dict(),
-                "metrics": self.progress.metrics,
-                "journals": {name: each.num_bytes for name, each in self._journals.items()},
-            },
-        )
+            await self.saver.settle()
 
     async def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
@@ -373,8 +374,3 @@ class Learner:
     @property
     def _checkpoints(self) -> Path:
         return self.run_folder / "checkpoints"
-
-
-def _unanswered(asked: list[asyncio.Future[Path]]) -> list[asyncio.Future[Path]]:
-    """A caller whose deadline passed has cancelled its future."""
-    return [future for future in asked if not future.done()]

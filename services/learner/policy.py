@@ -15,7 +15,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
 from services.learner.balance import PassCost
+from services.learner.lora import Adapters
 from services.learner.packing import PACKED, Packing
+from shared.config.services import LoraConfig
 from shared.errors import ConfigError, StartError
 from shared.rl.entropy import TokenStatistics, fused_logprob_entropy
 
@@ -80,6 +82,7 @@ class Policy(nn.Module):
         self._cost = _pass_cost(model, self.head_weight)
         self._own_attention = model.config._attn_implementation
         self._is_packed = False
+        self.adapters: Adapters | None = None
         # Dropout would make the ratio of two passes differ from 1 without any update.
         self.eval()
 
@@ -99,6 +102,16 @@ class Policy(nn.Module):
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise StartError(f"model.path = {path}: cannot be loaded ({reason})") from None
         return cls(model, chunk=chunk)
+
+    def add_adapters(self, lora: LoraConfig, *, seed: int) -> None:
+        """Train adapters instead of the weights, and keep only them in a state dict.
+
+        Raises:
+            ConfigError: as `Adapters`.
+        """
+        self.adapters = Adapters(self.model, lora, seed=seed)
+        self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
+        self.eval()
 
     @property
     def cost(self) -> PassCost:
@@ -160,6 +173,9 @@ class Policy(nn.Module):
         # torch says so of every pass without gradient, too.
         warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
         self.model.gradient_checkpointing_enable({"use_reentrant": is_reentrant})
+        if self.adapters is not None and is_reentrant:
+            # Or no gradient enters a layer that is computed again: the embedding is frozen.
+            self.model.enable_input_require_grads()
         for layer in self.model.modules():
             # A layer looks at its own flag; what is inside it stays as it is.
             if isinstance(layer, GradientCheckpointingLayer):
@@ -230,7 +246,7 @@ def statistics(outputs: Sequence[Tensor], *, is_clamped: bool) -> TokenStatistic
 
 
 def export_policy(policy: Policy, weights: Mapping[str, Tensor], source: str, folder: Path) -> None:
-    """Write a model in Hugging Face form.
+    """Write a model in Hugging Face form, merged where it has adapters.
 
     Args:
         weights: whole, on the host.
@@ -238,6 +254,15 @@ def export_policy(policy: Policy, weights: Mapping[str, Tensor], source: str, fo
     """
     policy.model.save_pretrained(folder, state_dict=dict(weights))
     _copy_tokenizer(source, folder)
+
+
+def _drop_frozen(
+    policy: Policy, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
+) -> None:
+    # DeepSpeed's own way leaves a frozen weight in under the second of its names.
+    for name, weight in policy.named_parameters(remove_duplicate=False):
+        if not weight.requires_grad:
+            state_dict.pop(prefix + name, None)
 
 
 def _pass_cost(model: Any, head_weight: Tensor) -> PassCost:

@@ -8,6 +8,7 @@ bytes; nothing is pickled.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import IntEnum
@@ -34,7 +35,7 @@ class Opcode(IntEnum):
     TRAIN = 1
     SCORE = 2
     GATHER = 3
-    SAVE = 4
+    SNAPSHOT = 4
     LOAD = 5
     CLOSE = 6
 
@@ -55,12 +56,14 @@ class Ranks:
     Attributes:
         commands: a group on the host whatever the device, so that a rank that waits occupies no
             GPU; None for a single rank.
+        writers: another one, for the threads that write a checkpoint while training goes on.
     """
 
     rank: int
     world_size: int
     device: torch.device
     commands: Any
+    writers: Any = None
 
     @classmethod
     def join(cls, environment: Environment) -> Ranks:
@@ -80,10 +83,11 @@ class Ranks:
             timeout=COLLECTIVE_TIMEOUT,
             **_meeting_place(environment),
         )
-        commands = None
+        commands = writers = None
         if environment.world_size > 1:
             commands = dist.new_group(backend="gloo", timeout=COMMAND_TIMEOUT)
-        return cls(environment.rank, environment.world_size, device, commands)
+            writers = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+        return cls(environment.rank, environment.world_size, device, commands, writers)
 
     def send(self, command: Command) -> None:
         """Rank 0 to all others."""
@@ -110,6 +114,67 @@ class Ranks:
         if size:
             dist.broadcast(payload, src=0, group=self.commands)
         return Command(Opcode(opcode), first, second, payload.numpy().tobytes())
+
+    def tell_writers(self, payload: bytes) -> bytes:
+        """What rank 0 tells the other ranks' writing threads; all of them call it together.
+
+        Raises:
+            RuntimeError: a rank is gone.
+        """
+        if self.writers is None:
+            return payload
+        size = torch.tensor([len(payload)])
+        dist.broadcast(size, src=0, group=self.writers)
+        told = torch.zeros(int(size), dtype=torch.uint8)
+        if self.rank == 0 and payload:
+            told = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        if len(told):
+            dist.broadcast(told, src=0, group=self.writers)
+        return told.numpy().tobytes()
+
+    def gather_writers(self, payload: bytes) -> list[bytes]:
+        """What the writing thread of each rank has to say, by rank; all of them call it together.
+
+        Raises:
+            RuntimeError: a rank is gone, or took longer than COLLECTIVE_TIMEOUT.
+        """
+        if self.writers is None:
+            return [payload]
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([len(payload)]), group=self.writers)
+        room = max(int(size) for size in sizes)
+        said = [torch.zeros(room, dtype=torch.uint8) for _ in sizes]
+        padded = bytearray(payload.ljust(room, b"\0"))
+        dist.all_gather(said, torch.frombuffer(padded, dtype=torch.uint8), group=self.writers)
+        return [each[: int(size)].numpy().tobytes() for each, size in zip(said, sizes, strict=True)]
+
+    def hand_out(self, payloads: Sequence[bytes]) -> None:
+        """Rank 0 to each other, in their order; who gets an empty one is not sent any.
+
+        Raises:
+            RuntimeError: a rank is gone.
+        """
+        assert self.rank == 0, "only rank 0 hands out"
+        sent = []
+        for rank, payload in enumerate(payloads, start=1):
+            if payload:
+                tensor = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+                work = dist.isend(tensor, rank, group=self.commands)
+                assert work is not None, "rank 0 is in the group"
+                sent.append((tensor, work))
+        for _, work in sent:
+            work.wait()
+
+    def take(self, size: int) -> bytes:
+        """What rank 0 hands out to this one.
+
+        Raises:
+            RuntimeError: rank 0 is gone.
+        """
+        payload = torch.zeros(size, dtype=torch.uint8)
+        if size:
+            dist.recv(payload, 0, group=self.commands)
+        return payload.numpy().tobytes()
 
     def sum_in_place(self, values: Tensor) -> None:
         """Replace values by their sum over all ranks."""

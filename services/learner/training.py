@@ -7,8 +7,8 @@
 3. Share the values per token, let the entropy controller move, report. Now and then measure once
    more, to compare the entropy's change with the predicted one.
 
-Every rank runs this with the same groups, works on its own micro-batches, and knows at the end
-what was measured on all of them.
+Every rank runs this with the same rows, works on its own micro-batches, whose tokens it has, and
+knows at the end what was measured on all of them.
 """
 
 from __future__ import annotations
@@ -73,10 +73,26 @@ class Trainer:
         self.coefficient = EntropyCoefficient(config)
 
     def train(self, groups: Sequence[ScoredGroup], *, step: int, policy_version: int) -> StepReport:
-        """As `LearnerEngine.train`, on every rank."""
+        """As `LearnerEngine.train`, on every rank with the same groups."""
         batch = build_batch(groups, self._config, policy_version=policy_version)
+        return self.train_batch(batch, step=step)
+
+    def shares(self, batch: Batch) -> list[list[int]]:
+        """The rows that each rank passes over, ascending."""
+        plans = [self._plan(batch, rows) for rows in batch.minibatches]
+        return [
+            sorted(row for plan in plans for rows in plan[rank] for row in rows)
+            for rank in range(self._ranks.world_size)
+        ]
+
+    def train_batch(self, batch: Batch, *, step: int) -> StepReport:
+        """The step on every rank, each with at least its share's tokens.
+
+        Returns:
+            what was measured, where the batch is whole; elsewhere nothing.
+        """
         if not batch.rows:
-            return step_report(batch, None, [], self._config.policy_loss)
+            return self._report(batch, None, [])
         plans = tuple(self._plan(batch, rows) for rows in batch.minibatches)
         micro_batches = tuple(self._mine(batch, plan) for plan in plans)
         compares = self._compares_entropy(step)
@@ -97,6 +113,13 @@ class Trainer:
             after = self._passes.statistics(["entropy"], every, batch.mask.shape)["entropy"]
         record = self._record(state, before, during, after)
         self._control(during, state.inputs.mask)
+        return self._report(batch, record, updates)
+
+    def _report(
+        self, batch: Batch, record: TokenRecord | None, updates: Sequence[Update]
+    ) -> StepReport:
+        if not batch.groups:
+            return StepReport({}, {}, {})
         return step_report(batch, record, updates, self._config.policy_loss)
 
     def _plan(self, batch: Batch, rows: Sequence[int]) -> Plan:
@@ -131,16 +154,34 @@ class Trainer:
         reference = None
         if self._objective.has_reference:
             reference = self._passes.reference_logprobs(micro_batches, mask.shape)
+        sampled = self._sampled(batch, micro_batches)
         return TokenInputs(
             mask=mask,
             advantages=advantages,
-            behaviour_logprobs=batch.behaviour_logprobs.to(device),
+            behaviour_logprobs=sampled["behaviour"],
             proximal_logprobs=logprobs,
             proximal_entropy=before["entropy"],
-            staleness=batch.staleness.to(device),
+            staleness=sampled["staleness"].long(),
             keys=selection_keys(batch, seed=self._config.run.seed, step=step).to(device),
             reference_logprobs=reference,
         )
+
+    def _sampled(self, batch: Batch, micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
+        """Whole on every rank, [R, C], from what each has of its own rows."""
+        device = self._ranks.device
+        held = {
+            "behaviour": batch.behaviour_logprobs.to(device),
+            "staleness": batch.staleness.to(device),
+        }
+        if self._ranks.world_size == 1:
+            return held
+        table = TokenTable(tuple(held), batch.mask.shape, self._ranks)
+        for micro_batch in micro_batches:
+            if micro_batch.rows:
+                rows, width = list(micro_batch.rows), micro_batch.mask.shape[1]
+                for name, values in held.items():
+                    table.put(name, micro_batch, values[rows, :width][micro_batch.mask])
+        return table.share()
 
     def _compares_entropy(self, step: int) -> bool:
         every = self._config.diagnostics.entropy_change_every_steps

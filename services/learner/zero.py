@@ -24,6 +24,8 @@ from services.learner.parts import UNREADABLE, unreadable
 from services.learner.passes import OptimizerStep
 from services.learner.policy import Policy, statistics
 from services.learner.ranks import Ranks
+from services.learner.reshape import UNIVERSAL_TAG
+from services.learner.snapshot import Files, HostFiles
 from shared.config import RunConfig
 from shared.rl.entropy import TokenStatistics
 
@@ -51,7 +53,7 @@ class ZeroModel:
         """Hand the policy to DeepSpeed, in the process group that is already there.
 
         Args:
-            reference: the frozen anchor, whole on every rank.
+            reference: the frozen anchor, whole on every rank; with adapters it is not needed.
         """
         self._policy = policy
         self._reference = reference
@@ -115,7 +117,10 @@ class ZeroModel:
         return statistics(outputs, is_clamped=clamp_p is not None)
 
     def reference_logprobs(self, micro_batch: MicroBatch, *, temperature: float) -> Tensor:
-        """Log-probs [N] under the reference model."""
+        """Log-probs [N] under the reference model, which with adapters is the one without."""
+        if self._policy.adapters is not None:
+            with torch.no_grad(), self._policy.adapters.off():
+                return self.forward(micro_batch, temperature=temperature).logprob
         assert self._reference is not None, "there is no reference model"
         outputs: tuple[Tensor, ...] = self._reference(
             micro_batch.input_ids,
@@ -149,29 +154,52 @@ class ZeroModel:
         self._engine.step()
         return OptimizerStep(norm, rate, is_applied=True)
 
-    def gather(self, weights: Sequence[Tensor], *, wanted: bool) -> list[Tensor]:
-        """Copies of these weights, whole, where they are wanted; all ranks call it together."""
+    def whole(self, weights: Sequence[Tensor]) -> contextlib.AbstractContextManager[object]:
+        """A context in which these weights are whole, on all ranks, which enter it together."""
         import deepspeed
 
-        sharded = [weight for weight in weights if hasattr(weight, "ds_id")]
-        with deepspeed.zero.GatheredParameters(sharded):
-            return [weight.detach().clone() for weight in weights] if wanted else []
-
-    def save(self, folder: Path, client_state: dict[str, Any]) -> None:
-        """Write model, optimiser, schedule and client_state; all ranks together."""
-        self._engine.save_checkpoint(
-            str(folder), tag=CHECKPOINT_TAG, client_state=client_state, save_latest=False
+        sharded = {id(weight): weight for weight in weights if hasattr(weight, "ds_id")}
+        context: contextlib.AbstractContextManager[object] = deepspeed.zero.GatheredParameters(
+            list(sharded.values())
         )
+        return context
 
-    def load(self, folder: Path) -> dict[str, Any]:
-        """Read what `save` wrote; returns its client_state.
+    def snapshot(self, client_state: dict[str, Any], *, copies: bool) -> Files:
+        """This rank's files of model, optimiser, schedule and client_state; all ranks together.
 
+        Args:
+            copies: False gives the live tensors, to write before they move again.
+        """
+        nowhere, engine = Path("/nowhere"), self._engine
+        kept, usual = HostFiles(nowhere, copies=copies), engine.checkpoint_engine
+        engine.checkpoint_engine = kept
+        try:
+            engine.save_checkpoint(
+                str(nowhere),
+                tag=CHECKPOINT_TAG,
+                client_state=client_state,
+                save_latest=False,
+                exclude_frozen_parameters=self._policy.adapters is not None,
+            )
+        finally:
+            engine.checkpoint_engine = usual
+        return kept.files
+
+    def load(self, folder: Path, *, is_reshaped: bool) -> dict[str, Any]:
+        """Read what a snapshot wrote; returns its client_state.
+
+        Args:
+            is_reshaped: it was of another number of ranks, and `reshaped` is at work.
         Raises:
             CheckpointError: missing or damaged.
         """
+        self._engine._config.load_universal_checkpoint = is_reshaped
+        tag = UNIVERSAL_TAG if is_reshaped else CHECKPOINT_TAG
         try:
             with _silence():
-                path, client_state = self._engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
+                path, client_state = self._engine.load_checkpoint(
+                    str(folder), tag=tag, custom_load_fn=_load_trained
+                )
             if path is None:
                 raise ValueError("DeepSpeed found no state in it")
         except UNREADABLE as error:
@@ -184,6 +212,19 @@ class ZeroModel:
         import deepspeed
 
         deepspeed.comm.destroy_process_group()
+
+
+def _load_trained(src: dict[str, Tensor], dst: torch.nn.Module) -> None:
+    """Load a state dict that has all but what is frozen.
+
+    Raises:
+        ValueError: it is of other weights.
+    """
+    known = dict(dst.named_parameters(remove_duplicate=False))
+    missing, unexpected = dst.load_state_dict(src, strict=False)
+    lacking = [name for name in missing if name not in known or known[name].requires_grad]
+    if lacking or unexpected:
+        raise ValueError(f"it is of other weights, {[*lacking, *unexpected][0]} for one")
 
 
 def _probe(vocabulary_size: int) -> list[Tensor]:
@@ -211,16 +252,21 @@ def _initialise(policy: Policy, config: RunConfig, device: torch.device, local_r
         )
     if config.learner.zero_stage == 3:
         deepspeed.zero.register_external_parameter(policy.head, policy.head_weight)
+    # It would copy two scripts to the disk while training waits for a snapshot.
+    engine._copy_recovery_script = lambda folder: None
     return engine
 
 
 def _optimizer(policy: Policy, config: RunConfig) -> torch.optim.Optimizer:
     learner = config.learner
     return torch.optim.AdamW(
-        policy.parameters(),
+        [weight for weight in policy.parameters() if weight.requires_grad],
         lr=learner.learning_rate,
         betas=(learner.adam_beta1, learner.adam_beta2),
         weight_decay=learner.weight_decay,
+        # One pass over the host's memory instead of many, and unlike DeepSpeed's own AdamW for the
+        # host it is compiled already.
+        fused=learner.offload == "cpu",
     )
 
 
@@ -245,12 +291,16 @@ def _silence() -> contextlib.AbstractContextManager[object]:
 
 def _deepspeed_config(config: RunConfig) -> dict[str, Any]:
     learner = config.learner
+    zero: dict[str, Any] = {"stage": learner.zero_stage}
+    if learner.offload == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu"}
     settings: dict[str, Any] = {
         # The engine is driven micro-batch by micro-batch; these two only have to be consistent.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": learner.max_grad_norm,
-        "zero_optimization": {"stage": learner.zero_stage},
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
         "communication_data_type": "fp32",
     }

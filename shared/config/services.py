@@ -208,6 +208,21 @@ class VerifierConfig(Section):
     """Groups one replica scores at a time."""
 
 
+class LoraConfig(Section):
+    """Adapters, which take a learning rate some ten times that of full training. Published is the
+    merged model; the run's end leaves the adapters too, in `model/adapter`."""
+
+    rank: Count = 16
+    """Of the product that each adapter adds to a weight."""
+
+    alpha: Count = 32
+    """The product is scaled by alpha / rank."""
+
+    targets: list[str] = []
+    """Last parts of the names of the layers that get one, `q_proj` say; empty: every linear layer
+    but the head."""
+
+
 class LearnerConfig(Section):
     """The DeepSpeed learner."""
 
@@ -256,6 +271,15 @@ class LearnerConfig(Section):
     """Keep what goes from layer to layer, and compute the rest again in the backward pass: less
     memory, about a third more time."""
 
+    offload: Literal["none", "cpu"] = "none"
+    """`cpu` keeps the optimiser's state and the float32 master weights in host memory and steps
+    there: 12 bytes a parameter of device memory less, over all ranks, for a slower step. Wants
+    `zero_stage` 1 or more. With bfloat16 the gradients of micro-batches are then added in
+    bfloat16, as they are with `zero_stage` 3."""
+
+    lora: LoraConfig | None = None
+    """Train adapters in place of the weights; without the table all weights are trained."""
+
     logit_chunk_tokens: Count = 384
     """Tokens whose logits are held at a time, from the forward pass to the end of the backward
     pass; those of the other tokens are computed twice. A logit takes 4 bytes: of a vocabulary of
@@ -270,6 +294,15 @@ class LearnerConfig(Section):
             raise ValueError(
                 f"learner.optimizer_steps_per_batch = {self.optimizer_steps_per_batch}: does not"
                 f" divide groups_per_batch = {self.groups_per_batch}; use a divisor"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_offloaded_is_zero_s(self) -> Self:
+        if self.offload == "cpu" and self.zero_stage == 0:
+            raise ValueError(
+                'learner.offload = "cpu": DeepSpeed offloads what ZeRO holds, and zero_stage = 0;'
+                " set zero_stage to 1, 2 or 3"
             )
         return self
 
@@ -324,6 +357,14 @@ class CheckpointConfig(Section):
 
     keep: Count = 2
     """Newest checkpoints that are kept."""
+
+    keep_best: Index = 1
+    """Checkpoints with the highest evaluation score that are kept besides. One has a score if the
+    version of its step was evaluated: make every_steps a multiple of evaluation.every_steps."""
+
+    asynchronous: bool = True
+    """Write a checkpoint while training goes on. Each rank then keeps what it writes in host memory
+    meanwhile; false: training waits for the disk."""
 
 
 class WatchdogConfig(Section):

@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 from services.cli.plan.rates import Lengths
 from services.learner.evaluation import Evaluator, LawFit
@@ -154,15 +154,29 @@ class SleepingTraining:
         metrics = {"tokens": float(sum(lengths)), "completions": float(len(lengths))}
         return StepReport(reward_metrics(groups) | metrics, {"staleness": sorted(ages.items())}, {})
 
-    def save(self, folder: Path) -> None:
+    def snapshot(self, *, copies: bool) -> NoState:
         """Nothing is worth keeping."""
-        folder.mkdir(parents=True)
+        return NoState()
 
     def load(self, folder: Path) -> None:
         """Nothing was kept."""
 
     def export(self, folder: Path) -> None:
         """Nothing was learnt."""
+
+
+class NoState:
+    """What `SleepingTraining` is at any moment."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing was held."""
+
+    def write(self, folder: Path) -> None:
+        """An empty folder."""
+        folder.mkdir()
 
 
 class SleepingPool:

@@ -81,7 +81,7 @@ async def test_a_run_killed_three_times_ends_in_the_weights_of_one_that_was_not(
         before = run.checkpoints  # none, or what a quick learner wrote before it was killed
         reached = max([0, *(int(name.removeprefix("step-")) for name in before)])
         third, sixth = (f"step-{reached + ahead:06}" for ahead in (3, 6))
-        amid = Death(opens=f".{third}.tmp/state.json")
+        amid = Death(opens=f".{third}.tmp/engine/state/mp_rank_00_model_states.pt")
         await run.until_ended(run.start(resume=True, death=amid), exit_code=SIGKILL)
         assert run.checkpoints == before
 

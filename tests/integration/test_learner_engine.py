@@ -239,6 +239,25 @@ def test_checkpointed_activations_train_the_same_weights(
     assert distance(trained(config, wide_model), expected) < 1e-5
 
 
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_an_offloaded_optimiser_trains_the_same_weights_and_refuses_the_same_steps(
+    stage: int, wide_model: Path, expected: Weights
+) -> None:
+    config = run_config(learner={"zero_stage": stage, "offload": "cpu"})
+    engine = LearnerEngine.start(config, str(wide_model), ALONE)
+    assert engine._model._engine.zero_use_cpu_optimizer()
+    before = snapshot(engine)
+    poisoned = scored_groups(0, behaviour=float("nan"))
+    report = engine.train(poisoned, step=0, policy_version=0)
+    assert report.metrics["nonfinite_loss"] == 2
+    assert distance(snapshot(engine), before) == 0
+    for step in range(2):
+        engine.train(scored_groups(step), step=step, policy_version=step)
+    after = snapshot(engine)
+    engine.close()
+    assert distance(after, expected) < 1e-5
+
+
 def test_an_untied_head_is_gathered_too(tmp_path: Path) -> None:
     save_model(tmp_path, vocabulary=2000, tied=False)
     whole = trained(run_config(), tmp_path)
@@ -548,7 +567,7 @@ def test_the_reference_is_the_start_s_model_also_after_a_resume(
     config = reference_config(stage, 0.01)
     engine = LearnerEngine.start(config, str(wide_model), ALONE)
     before = distances_to_start(engine, range(2))
-    engine.save(tmp_path)
+    save(engine, tmp_path)
     engine.close()
     engine = LearnerEngine.start(config, str(wide_model), ALONE)
     engine.load(tmp_path)
@@ -669,13 +688,18 @@ def test_the_plain_model_of_the_unit_tests_does_what_the_one_on_deepspeed_does(
         torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-3)
 
 
+def save(engine: LearnerEngine, folder: Path) -> None:
+    with engine.snapshot(copies=True) as taken:
+        taken.write(folder)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_resumed_engine_goes_on_bit_for_bit(stage: int, model: Path, tmp_path: Path) -> None:
     config = run_config(learner={"zero_stage": stage, "lr_warmup_steps": 3}, **RESUMED)
     engine = LearnerEngine.start(config, str(model), ALONE)
     for step in range(2):
         engine.train(scored_groups(step), step=step, policy_version=step)
-    engine.save(tmp_path)
+    save(engine, tmp_path)
     reports = [engine.train(scored_groups(step), step=step, policy_version=step) for step in (2, 3)]
     straight = snapshot(engine)
     engine.close()
@@ -695,7 +719,7 @@ def test_a_new_process_resumes_bit_for_bit(
     engine = LearnerEngine.start(run_config(**RESUMED), str(model), ALONE)
     for step in range(2):
         engine.train(scored_groups(step), step=step, policy_version=step)
-    engine.save(tmp_path / "checkpoint")
+    save(engine, tmp_path / "checkpoint")
     for step in (2, 3):
         engine.train(scored_groups(step), step=step, policy_version=step)
     straight = snapshot(engine)
@@ -710,7 +734,7 @@ def checkpoint(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
     engine = LearnerEngine.start(run_config(learner={"zero_stage": 1}), str(model), ALONE)
     engine.train(scored_groups(0), step=0, policy_version=0)
-    engine.save(folder)
+    save(engine, folder)
     engine.close()
     return folder
 
@@ -822,6 +846,8 @@ def test_two_ranks_train_the_weights_of_one(pair: tuple[int, Path], wide_model: 
     assert scores == pytest.approx(logprobs_of(folder / "export", [1, 2, 3]), abs=1e-5)
     assert metrics["selected_tokens"] > 0
     assert metrics["nonfinite_loss"] == 1
+    refusal = (folder / "refusal").read_text()
+    assert ("rank 1" in refusal) == (stage > 0), refusal  # without ZeRO rank 1 has no file
 
 
 @pytest.mark.parametrize("pair", [3], indirect=True)
@@ -832,6 +858,25 @@ def test_two_ranks_resume_bit_for_bit(
     processes.run("resume3", folder, wide_model, num_ranks=2)
     straight, resumed = torch.load(folder / "trained.pt"), torch.load(folder / "resumed.pt")
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+
+
+@pytest.mark.parametrize("pair", [0, 2, 3], indirect=True)
+def test_a_run_goes_on_with_one_rank_instead_of_two_and_with_two_again(
+    pair: tuple[int, Path], wide_model: Path, tmp_path: Path, processes: RankProcesses
+) -> None:
+    stage, folder = pair
+    alone = LearnerEngine.start(pair_config(stage), str(wide_model), ALONE)
+    alone.load(folder / "checkpoint")
+    before = snapshot(alone)
+    save(alone, tmp_path / "checkpoint")
+    alone.train(PAIR_BATCHES[1], step=1, policy_version=1)
+    after = snapshot(alone)
+    alone.close()
+    together = torch.load(folder / "trained.pt")
+    assert distance(together, after) < 1e-5 < 1e-4 < distance(before, after)
+    assert not list((folder / "checkpoint").glob("*universal*"))
+    processes.run(f"resume{stage}", tmp_path, wide_model, num_ranks=2)
+    assert distance(torch.load(tmp_path / "resumed.pt"), together) < 1e-5
 
 
 def test_two_ranks_choose_the_tokens_of_one_and_sum_to_its_gradient(
@@ -869,6 +914,11 @@ def pair_config(stage: int) -> RunConfig:
     """
     tokens = 100_000 if stage == 2 else 1
     return run_config(learner={"zero_stage": stage, "micro_batch_tokens": tokens}, **RESUMED)
+
+
+def lora_config(stage: int, **lora: Any) -> RunConfig:
+    settings = {"rank": 4, "alpha": 16, **lora}
+    return run_config(learner={"zero_stage": stage, "learning_rate": 3e-3, "lora": settings})
 
 
 AGGREGATIONS = get_args(PolicyLossConfig.model_fields["loss_agg_mode"].annotation)
@@ -913,7 +963,8 @@ def run_rank(job: str, folder: Path, model: Path) -> None:
     if name == "choose":
         choose_on_ranks(folder)
         return
-    config = run_config(**RESUMED) if name == "alone" else pair_config(stage)
+    configs = {"alone": run_config(**RESUMED), "lora": lora_config(stage)}
+    config = configs.get(name) or pair_config(stage)
     engine = LearnerEngine.start(config, str(model), Environment.read())
     if name == "die" and engine.rank == stage:
         os._exit(9)
@@ -933,9 +984,23 @@ def _alone(engine: LearnerEngine, folder: Path) -> None:
     torch.save(snapshot(engine), folder / "resumed.pt")
 
 
+def _refuse(engine: LearnerEngine, folder: Path) -> str:
+    """What rank 0 hears when the disk takes nothing of rank 1, as here: a folder is in the way."""
+    for name in ("bf16_zero_pp_rank_1", "zero_pp_rank_1"):
+        (folder / f"state/{name}_mp_rank_00_optim_states.pt").mkdir(parents=True)
+    try:
+        save(engine, folder)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
 def _train(engine: LearnerEngine, folder: Path) -> None:
     engine.train(PAIR_BATCHES[0], step=0, policy_version=0)
-    engine.save(folder / "checkpoint")
+    (folder / "refusal").write_text(_refuse(engine, folder / "refused"))
+    with engine.snapshot(copies=True):
+        """Nobody writes it; the other rank does not wait for that."""
+    save(engine, folder / "checkpoint")
     report = engine.train(PAIR_BATCHES[1], step=1, policy_version=1)
     # A publication that is given up on must not leave the other rank behind.
     next(engine.weights())
@@ -950,7 +1015,7 @@ def _resume(engine: LearnerEngine, folder: Path) -> None:
     torch.save(snapshot(engine), folder / "resumed.pt")
 
 
-JOBS = {"alone": _alone, "train": _train, "resume": _resume, "die": _train}
+JOBS = {"alone": _alone, "train": _train, "lora": _train, "resume": _resume, "die": _train}
 
 
 if __name__ == "__main__":

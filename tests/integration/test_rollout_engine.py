@@ -18,9 +18,13 @@ from typing import Any, cast
 
 import pytest
 import pytest_asyncio
+import torch
 from prometheus_client import REGISTRY
-from transformers import Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
+from vllm.tokenizers import get_tokenizer
 
+from services.learner.policy import Policy, export_policy
+from services.learner.policy_weights import PolicyWeights
 from services.rollout.app import run_replica
 from services.rollout.engine import UpdateReport, VllmEngine
 from services.rollout.replica import Event, Replica
@@ -34,6 +38,7 @@ from shared.partials import append_runs
 from shared.records import Completion, VersionRun
 from shared.redis_stream import open_streams
 from shared.stream import Bounds
+from shared.tokenizer import Tokenizer, save_characters
 from shared.weight_transfer import send_weights
 from tests.factories import make_prompt
 from tests.integration.tiny_qwen import TOLERANCE, VOCABULARY, random_model, reference_logprobs
@@ -111,15 +116,20 @@ def settings_for(model_path: Path) -> EngineSettings:
         seed=1,
         device="cpu",
         kv_cache_bytes=64 << 20,
-        load_format="dummy",
+        load_format="auto",
     )
 
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    random_model(0).config.save_pretrained(path)
-    return path
+    """What a learner exports at the end of a run, which any vLLM is to load."""
+    source, export = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("export")
+    random_model(0).save_pretrained(source)
+    save_characters("0123456789+-*/()", end=".", folder=source)
+    policy = Policy.load(str(source), dtype=torch.float32, chunk=16)
+    weights = {name: weight for name, weight, _ in PolicyWeights(policy).published()}
+    export_policy(policy, weights, str(source), export)
+    return export
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -163,6 +173,16 @@ async def assert_serves(engine: VllmEngine, model: Qwen2ForCausalLM) -> None:
 
 
 # --- in order: the engine of this module has no version at first ---------------------------------
+
+
+async def test_vllm_loads_an_export_of_the_learner_and_its_tokenizer(
+    engine: VllmEngine, model_path: Path
+) -> None:
+    weights = AutoModelForCausalLM.from_pretrained(model_path).state_dict()
+    expected = random_model(0).state_dict()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    characters = get_tokenizer(str(model_path)).encode("12+3", add_special_tokens=False)
+    assert characters == Tokenizer(str(model_path)).encode_prompt("12+3").tolist()
 
 
 async def test_nothing_is_sampled_before_the_first_version(engine: VllmEngine) -> None:

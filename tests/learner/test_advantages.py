@@ -233,7 +233,7 @@ def test_position_shaping_makes_the_end_of_a_completion_count_more() -> None:
     batch = build(MIXED, config)
     found = shaped(batch, config, torch.zeros(batch.mask.shape))
     for row, line in zip(batch.rows, found.tolist(), strict=True):
-        length = len(row.completion.token_ids)
+        length = row.num_completion_tokens
         size = abs(row.advantage)
         for place in range(length):
             bonus = 0.1 / (1 + math.exp(-15 * (place / length - 0.5)))

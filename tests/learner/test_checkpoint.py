@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -90,24 +90,119 @@ def test_only_the_newest_are_kept_and_half_written_ones_go(tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000003"]
 
 
-def test_a_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path: Path) -> None:
-    write(tmp_path, 1)
-    program = (
-        "import sys, time; from pathlib import Path\n"
-        "from services.learner.checkpoint import write_checkpoint\n"
-        "def save(folder):\n"
-        "    folder.mkdir(); (folder / 'weights').write_bytes(b'half'); print('here', flush=True)\n"
-        "    time.sleep(60)\n"
-        f"write_checkpoint(Path({str(tmp_path)!r}), step=2, state={{}}, save_engine=save)\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"here\n"
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait(10)
-    found = newest_checkpoint(tmp_path)
+@pytest.mark.parametrize(
+    ("scores", "kept"),
+    [
+        ({1: 0.2, 2: 0.9, 3: 0.1, 5: 0.3}, [2, 5]),
+        ({1: 0.2, 2: 0.2}, [2, 5]),  # of equal ones the newer
+        ({5: 0.9, 3: 0.1}, [5]),  # the newest is the best
+        ({9: 0.9}, [5]),  # one that is not there
+    ],
+)
+def test_the_best_is_kept_besides(
+    tmp_path: Path, scores: dict[int, float], kept: list[int]
+) -> None:
+    for step in (1, 2, 3, 4, 5):
+        write(tmp_path, step)
+    prune_checkpoints(tmp_path, keep=1, keep_best=1, scores=scores)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [f"step-{step:06d}" for step in kept]
+
+
+def test_what_the_engine_has_listed_is_not_read_again_and_is_checked(tmp_path: Path) -> None:
+    def listed(folder: Path) -> dict[str, tuple[int, int]]:
+        save_engine(folder)
+        return {"weights": (1000, 7)}
+
+    write_checkpoint(tmp_path, step=1, state={}, save_engine=listed)
+    with pytest.raises(CheckpointError, match="engine/weights is not as it was written"):
+        newest_checkpoint(tmp_path)
+
+
+DYING = """
+import os, signal, sys, torch
+from pathlib import Path
+from services.learner.checkpoint import write_checkpoint
+from services.learner.snapshot import Snapshot
+from tests.learner.fakes import ONE_RANK
+
+class Deadly:
+    def __reduce__(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def die_at(event, end, count):
+    def listen(name, args):
+        nonlocal count
+        if name == event and str(args[0]).endswith(end):
+            count -= 1
+            if count == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(listen)
+
+def save(root, moment):
+    weights = {"weights": torch.zeros(1000)}
+    files = {"state/second": dict(weights), "state/first": dict(weights)}
+    if moment == "serialising":
+        files["state/second"]["deadly"] = Deadly()
+    else:
+        event, end, count = moment.split()
+        die_at(event, end, int(count))
+    with Snapshot(files, ONE_RANK, {"num_ranks": 1, "zero_stage": 0}) as snapshot:
+        write_checkpoint(root, step=2, state={}, save_engine=snapshot.write)
+
+for line in sys.stdin:
+    root, moment = line.rstrip().split("|")
+    child = os.fork()
+    if child == 0:
+        save(Path(root), moment)
+        os._exit(0)
+    print(os.WTERMSIG(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+MOMENTS = {
+    "before anything is written": ("os.mkdir .step-000002.tmp 1", 1),
+    "before the first file": ("open state/first 1", 1),
+    "amid a file": ("serialising", 1),
+    "before a file is synced": ("open state/second 2", 1),
+    "before the list of parts": ("open parts.json 1", 1),
+    "before the run's state": ("open state.json 1", 1),
+    "before the manifest": ("open manifest.json 1", 1),
+    "before the manifest is synced": ("open manifest.json 2", 1),
+    "before the rename": ("os.rename .step-000002.tmp 1", 1),
+    "after the rename": ("open checkpoints 1", 2),
+}
+"""Moments of a save by the event, the end of the path and the how-manieth time it is, as Python's
+audit hooks tell them; and the step that is then the newest."""
+
+
+@pytest.fixture(scope="module")
+def dying() -> Iterator[subprocess.Popen[str]]:
+    """A process that forks one that saves and dies, for each line it reads."""
+    with subprocess.Popen(
+        [sys.executable, "-c", DYING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(60) == 0
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_kill_at_any_moment_of_a_save_leaves_one_that_can_be_loaded(
+    moment: str, dying: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    root, (event, newest) = tmp_path / "checkpoints", MOMENTS[moment]
+    write(root, 1)
+    assert dying.stdin is not None
+    assert dying.stdout is not None
+    print(f"{root}|{event}", file=dying.stdin, flush=True)
+    assert int(dying.stdout.readline()) == signal.SIGKILL
+    found = newest_checkpoint(root)
     assert found is not None
-    assert found.step == 1
+    assert found.step == newest
+    after = write(root, 3)
+    prune_checkpoints(root, keep=1)
+    assert list(root.iterdir()) == [after]
 
 
 def test_state_is_plain_json_that_a_person_can_read(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,35 +9,26 @@ import pytest
 
 from services.learner.evaluation import LawFit
 from services.learner.journal import Journal
-from services.learner.loop import Learner, _unanswered
+from services.learner.loop import Learner
 from services.learner.progress import Progress
 from shared.codec import encode_scored_group
 from shared.config import parse_run
+from shared.errors import CheckpointError
 from shared.memory_stream import MemoryStream
 from shared.metrics import LearnerGauges
 from shared.records import Outcome
 from tests.factories import make_scored
 from tests.learner.test_inbox import RUN, SOLVED, Scene
+from tests.learner.test_saver import open_taken
 
 SIZE = len(encode_scored_group(make_scored(0)))
-
-
-async def test_a_caller_that_gave_up_waiting_for_a_checkpoint_is_not_answered() -> None:
-    loop = asyncio.get_running_loop()
-    patient: asyncio.Future[Path] = loop.create_future()
-    gone: asyncio.Future[Path] = loop.create_future()
-    gone.cancel()
-    for future in _unanswered([gone, patient]):
-        future.set_result(Path("step-000001"))
-    assert patient.result() == Path("step-000001")
-    assert gone.cancelled()
 
 
 def learner_of(scene: Scene, folder: Path) -> Learner:
     """The loop over real parts but for the engine, which only saves."""
     config = parse_run(RUN)
     nobody: Any = None
-    engine: Any = SimpleNamespace(save=lambda path: path.mkdir(parents=True))
+    engine: Any = SimpleNamespace(snapshot=lambda *, copies: open_taken())
     streams: Any = scene.streams
     progress = Progress()
 
@@ -90,6 +80,37 @@ async def test_replaced_groups_that_fill_the_stream_are_let_go_by_an_early_check
     assert scene.inbox.num_unacknowledged == 2
     depth = await scene.scored.depth()
     assert depth.pending == 2
+
+
+async def test_a_stream_that_is_full_of_what_is_being_written_waits_for_that(
+    tmp_path: Path,
+) -> None:
+    scene = Scene(scored=MemoryStream(name="s", capacity=2))
+    await scene.feeder.fill(policy_version=0)
+    await scene.arrive(make_scored(0), make_scored(1))
+    await scene.take()
+    learner = learner_of(scene, tmp_path)
+    await learner._checkpoint()
+    await learner._make_room()
+    assert (await scene.scored.depth()).pending == 0
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+
+
+async def test_a_disk_that_refuses_does_not_end_the_loop(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scene = Scene(scored=MemoryStream(name="s", capacity=2))
+    await scene.feeder.fill(policy_version=0)
+    await scene.arrive(make_scored(0), make_scored(1))
+    await scene.take()
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    learner = learner_of(scene, tmp_path)
+    await learner._checkpoint()
+    await learner._settle()
+    assert "training goes on" in caplog.text
+    assert (await scene.scored.depth()).pending == 2
+    with pytest.raises(CheckpointError):
+        await learner._last_checkpoint()
 
 
 async def test_a_full_stream_alone_is_no_reason_for_a_checkpoint(tmp_path: Path) -> None:

@@ -86,6 +86,7 @@ def test_a_row_counts_every_group_over_the_bound() -> None:
     assert row["version_lag_tokens"] == {"0": 90, "2": 10}
     assert row["replica_groups"] == {"rollout-0": 2}
     assert row["tokens_per_second"] == 50.0
+    assert row["wait_data_share"] == 0.75
     assert row["entropy_by_position"] == [0.5, 0.25]
     assert not {"staleness_counts", "entropy_by_position"} & numbers(row).keys()
 
