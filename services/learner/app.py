@@ -3,55 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
-
-from transformers import AutoConfig
+from contextlib import asynccontextmanager
+from typing import Any
 
 from protos import learner_pb2_grpc as pb_grpc
 from services.learner.catch_up import CatchUp
 from services.learner.engine import LearnerEngine
-from services.learner.evaluation import Evaluator, LawFit
-from services.learner.feeder import Feeder
-from services.learner.fleet import Fleet
-from services.learner.inbox import CONSUMER, Inbox
-from services.learner.journal import Journal
-from services.learner.ledger import Ledger
+from services.learner.inbox import CONSUMER
 from services.learner.loop import Learner
 from services.learner.outage import Outage
 from services.learner.progress import Progress
-from services.learner.publisher import OnEngine, Publisher
-from services.learner.reconcile import Reconciler
-from services.learner.refit import Refitter
+from services.learner.publisher import OnEngine
 from services.learner.service import SERVICE, LearnerServicer
 from services.learner.watchdog import Watchdog
+from services.learner.wiring import wire_learner
 from shared import tracing
-from shared.config import RunConfig
-from shared.device import find_device
 from shared.lease import Registry
 from shared.metrics import (
     LEARNER_ENTROPY_BOUND,
     describe_process,
-    learner_gauges,
     serve_metrics,
     watch_steps,
 )
 from shared.metrics_server import MetricsServer
 from shared.process import ServiceArguments
 from shared.redis_connection import Patience, check_server
-from shared.redis_stream import Streams, open_streams
-from shared.rpc import serve
+from shared.redis_stream import open_streams
+from shared.rpc import RpcServer, serve
 from shared.run_file import keep_run_file
-from shared.tasks.registry import load_task
-from shared.tasks.task import Problem
-from shared.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
-
-CANARY_TOKENS = 32
 
 RETRIES = 3
 """Of redis-py, about a second: the loop itself waits out an outage, and says so meanwhile."""
@@ -89,13 +70,13 @@ async def _lead(
     given: ServiceArguments, stop: asyncio.Event, engine: LearnerEngine, on_engine: OnEngine
 ) -> None:
     """Rank 0: serve, hold the lease, run the loop."""
-    config, network, redis = given.config, given.config.network, given.config.redis
+    network, redis, environment = given.config.network, given.config.redis, given.environment
     metrics = _serve_metrics(given)
     progress = Progress()
     outage = Outage(given.redis_url, progress)
     async with (
         tracing.exporting(
-            given.environment.traces_endpoint, role="learner", name=given.name, run_id=given.run_id
+            environment.traces_endpoint, role="learner", name=given.name, run_id=given.run_id
         ),
         open_streams(
             given.redis_url,
@@ -107,49 +88,66 @@ async def _lead(
             retries=RETRIES,
         ) as streams,
     ):
-        learner = _wire(given, streams, engine, on_engine, progress)
+        learner = wire_learner(given, streams, engine, on_engine, progress)
         catch_up = CatchUp(learner.publisher)
-        servicer = LearnerServicer(
-            run_id=given.run_id,
-            num_steps=config.run.num_steps,
-            progress=learner.progress,
-            publisher=learner.publisher,
-            catch_up=catch_up,
-        )
         registry = Registry(streams.client, prefix=streams.prefix)
-        async with (
-            serve(
-                host=network.host,
-                port=network.learner_port,
-                port_key="network.learner_port",
-                services=[SERVICE],
-                add=lambda server: pb_grpc.add_LearnerServicer_to_server(servicer, server),
-                tls=given.tls,
-            ) as server,
-            registry.hold(
-                "learner",
-                CONSUMER,
-                address=f"{given.host}:{server.port}",
-                metrics_address=f"{given.host}:{metrics.port}",
-                seconds=network.lease_seconds,
-            ) as lease,
-        ):
-            metrics.answer_health(server.is_healthy)
-            await server.set_serving(True)
-            watchdog = Watchdog(
-                progress=learner.progress,
-                streams=streams.impatient(),
-                registry=registry,
-                publisher=learner.publisher,
-                stall_seconds=config.watchdog.stall_seconds,
-            )
+        async with _serving(given, learner, catch_up, registry, metrics) as (server, lease):
             async with (
-                watchdog.watching(server),
+                _watchdog(given, learner, registry).watching(server),
                 catch_up.running(f"{given.host}:{server.port}") as catching_up,
             ):
                 await _run(learner, outage, {lease, catching_up}, stop, resume=given.resume)
-            if given.stays and learner.progress.is_finished:
+            if given.stays and progress.is_finished:
                 await _until_told(stop, lease)
+
+
+@asynccontextmanager
+async def _serving(
+    given: ServiceArguments,
+    learner: Learner,
+    catch_up: CatchUp,
+    registry: Registry,
+    metrics: MetricsServer,
+) -> AsyncIterator[tuple[RpcServer, asyncio.Task[None]]]:
+    """The learner's calls are answered and its lease is held; the server, and the lease's task."""
+    network = given.config.network
+    servicer = LearnerServicer(
+        run_id=given.run_id,
+        num_steps=given.config.run.num_steps,
+        progress=learner.progress,
+        publisher=learner.publisher,
+        catch_up=catch_up,
+    )
+    async with (
+        serve(
+            host=network.host,
+            port=network.learner_port,
+            port_key="network.learner_port",
+            services=[SERVICE],
+            add=lambda server: pb_grpc.add_LearnerServicer_to_server(servicer, server),
+            tls=given.tls,
+        ) as server,
+        registry.hold(
+            "learner",
+            CONSUMER,
+            address=f"{given.host}:{server.port}",
+            metrics_address=f"{given.host}:{metrics.port}",
+            seconds=network.lease_seconds,
+        ) as lease,
+    ):
+        metrics.answer_health(server.is_healthy)
+        await server.set_serving(True)
+        yield server, lease
+
+
+def _watchdog(given: ServiceArguments, learner: Learner, registry: Registry) -> Watchdog:
+    return Watchdog(
+        progress=learner.progress,
+        streams=learner.streams.impatient(),
+        registry=registry,
+        publisher=learner.publisher,
+        stall_seconds=given.config.watchdog.stall_seconds,
+    )
 
 
 async def _run(
@@ -198,140 +196,6 @@ async def _until_told(stop: asyncio.Event, lease: asyncio.Task[None]) -> None:
         lease.result()
 
 
-def _wire(
-    given: ServiceArguments,
-    streams: Streams,
-    engine: LearnerEngine,
-    on_engine: OnEngine,
-    progress: Progress,
-) -> Learner:
-    config = given.config
-    task = load_task(config.task.name, config.task.params)
-    problems = task.problems("train")
-    tokenizer = Tokenizer(config.model_path, use_chat_template=config.model.use_chat_template)
-    registry = Registry(streams.client, prefix=streams.prefix, patience=streams.patience)
-    ledger = Ledger(run_id=given.run_id, num_problems=len(problems), seed=config.run.seed)
-    feeder = Feeder(
-        config=config,
-        ledger=ledger,
-        prompts=streams.prompts,
-        problems=problems,
-        tokenizer=tokenizer,
-    )
-    evaluator = Evaluator(
-        config=config,
-        run_id=given.run_id,
-        prompts=streams.prompts,
-        problems=task.problems("eval"),
-        tokenizer=tokenizer,
-    )
-    inbox, reconciler = _intake(
-        config,
-        streams,
-        ledger,
-        feeder,
-        evaluator,
-        vocabulary=_vocabulary(config.model_path),
-        on_evaluated=lambda metrics: learner.on_evaluated(metrics),
-    )
-    learner = Learner(
-        config=config,
-        run_folder=given.run_folder,
-        streams=streams,
-        ledger=ledger,
-        feeder=feeder,
-        inbox=inbox,
-        reconciler=reconciler,
-        evaluator=evaluator,
-        law=LawFit(config.law),
-        publisher=_publisher(
-            given,
-            registry,
-            engine,
-            on_engine,
-            _canary(problems, tokenizer, max_length=config.model.max_length),
-        ),
-        engine=engine,
-        on_engine=on_engine,
-        journal=Journal(given.run_folder / "metrics.jsonl"),
-        history=Journal(given.run_folder / "ledger.jsonl"),
-        gauges=learner_gauges(),
-        progress=progress,
-    )
-    return learner
-
-
-def _intake(
-    config: RunConfig,
-    streams: Streams,
-    ledger: Ledger,
-    feeder: Feeder,
-    evaluator: Evaluator,
-    *,
-    vocabulary: int,
-    on_evaluated: Callable[[dict[str, Any]], None],
-) -> tuple[Inbox, Reconciler]:
-    """What takes groups, and what sees that those which are out can still come."""
-    inbox = Inbox(
-        scored=streams.scored,
-        dead_letter=streams.dead_letter,
-        ledger=ledger,
-        feeder=feeder,
-        evaluator=evaluator,
-        on_evaluated=on_evaluated,
-        vocabulary=vocabulary,
-        max_length=config.model.max_length,
-        max_staleness=config.learner.max_staleness,
-        max_attempts=config.redis.max_attempts,
-        replace_degenerate=config.advantage.dynamic_sampling,
-        max_degenerate_batches=config.advantage.max_degenerate_batches,
-    )
-    reconciler = Reconciler(
-        streams=streams,
-        ledger=ledger,
-        feeder=feeder,
-        evaluator=evaluator,
-        inbox=inbox,
-        on_evaluated=on_evaluated,
-        seconds=config.redis.reconcile_seconds,
-        max_attempts=config.redis.max_attempts,
-    )
-    return inbox, reconciler
-
-
-def _publisher(
-    given: ServiceArguments,
-    registry: Registry,
-    engine: LearnerEngine,
-    on_engine: OnEngine,
-    canary_token_ids: array[int],
-) -> Publisher:
-    weights, backend = given.config.weights, _backend(given.config)
-    fleet = Fleet(
-        registry,
-        host=given.host,
-        backend=backend,
-        layout="pairs" if backend == "gloo" else "one",
-        timeout_seconds=weights.timeout_seconds,
-        tls=given.tls,
-    )
-    refitter = Refitter(
-        bucket_bytes=weights.bucket_mib * 2**20,
-        timeout_seconds=weights.timeout_seconds,
-        canary_token_ids=canary_token_ids,
-        canary_tolerance=weights.canary_tolerance,
-    )
-    return Publisher(
-        fleet=fleet,
-        refitter=refitter,
-        registry=registry,
-        engine=engine,
-        on_engine=on_engine,
-        republish_seconds=weights.republish_seconds,
-        keeps_copy=weights.catch_up == "stream",
-    )
-
-
 def _serve_metrics(given: ServiceArguments) -> MetricsServer:
     config = given.config
     describe_process(
@@ -348,23 +212,3 @@ def _serve_metrics(given: ServiceArguments) -> MetricsServer:
         tls=given.tls,
         token_file=given.environment.metrics_token_file,
     )
-
-
-def _vocabulary(model_path: str) -> int:
-    """Ids that the model's embedding has: more than its tokenizer knows, as a rule."""
-    return int(AutoConfig.from_pretrained(model_path).get_text_config().vocab_size)
-
-
-def _backend(config: RunConfig) -> Literal["gloo", "nccl"]:
-    if config.weights.backend == "auto":
-        return "nccl" if find_device() == "cuda" else "gloo"
-    return config.weights.backend
-
-
-def _canary(problems: Sequence[Problem], tokenizer: Tokenizer, *, max_length: int) -> array[int]:
-    """A few prompts in a row: text that the policy knows well enough to be sure of."""
-    token_ids = array("I")
-    for problem in problems[:CANARY_TOKENS]:
-        token_ids.extend(tokenizer.encode_prompt(problem.prompt))
-    # An engine that scores a prompt wants room for a token after it.
-    return token_ids[: min(CANARY_TOKENS, max_length - 1)]
