@@ -14,7 +14,7 @@ help: ## Show this
 
 setup: $(VENV)/.ready ## Make the virtual environment in .venv
 
-$(VENV)/.ready: deploy/setup.sh $(addprefix deploy/requirements/,cpu.txt gpu.txt dev.txt) pyproject.toml
+$(VENV)/.ready: deploy/setup.sh $(addprefix deploy/requirements/,cpu.txt gpu.txt dev.txt lora.txt) pyproject.toml
 	deploy/setup.sh $(VENV)
 
 demo: setup ## Train the built-in model: warm-up, then RL with two replicas, with a report

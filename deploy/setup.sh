@@ -30,6 +30,7 @@ fi
 
 say "3/4 tools for tests and lint"
 pip install --quiet --no-deps -r deploy/requirements/dev.txt
+pip install --quiet --no-deps --upgrade --target "$venv/lora" -r deploy/requirements/lora.txt
 say "4/4 isentrope itself"
 pip install --quiet --no-deps 'setuptools==78.1.1'
 

@@ -309,7 +309,7 @@ def _cell(value: float | None, base: float | None) -> str:
 
 
 def _json(document: Any) -> bytes:
-    return json.dumps(document, separators=(",", ":")).encode()
+    return json.dumps(document, separators=(",", ":"), default=bytes.decode).encode()
 
 
 def main() -> None:

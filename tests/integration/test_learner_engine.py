@@ -160,6 +160,10 @@ def logprobs_of(folder: Path, token_ids: list[int]) -> list[float]:
     return result
 
 
+ADAPTER_PACKAGES = Path(sys.prefix) / "lora"
+"""Where deploy/setup.sh puts peft, apart from what every process may import."""
+
+
 class RankProcesses:
     """Starts this file as the ranks of a job; kills at the end what still runs."""
 
@@ -172,11 +176,12 @@ class RankProcesses:
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         place = {"WORLD_SIZE": str(num_ranks), "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        path = f"{REPOSITORY}{os.pathsep}{ADAPTER_PACKAGES}"
         command = [sys.executable, __file__, job, str(folder), str(model)]
         ranks = [
             subprocess.Popen(
                 command,
-                env={**os.environ, **place, "PYTHONPATH": str(REPOSITORY), "RANK": str(rank)},
+                env={**os.environ, **place, "PYTHONPATH": path, "RANK": str(rank)},
                 stderr=subprocess.PIPE,
                 text=True,
             )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,6 +18,7 @@ from services.learner.engine import LearnerEngine
 from shared.config import RunConfig
 from shared.errors import CheckpointError, ConfigError
 from tests.integration.test_learner_engine import (
+    ADAPTER_PACKAGES,
     ALONE,
     PAIR_BATCHES,
     STAGES,
@@ -37,6 +40,14 @@ from tests.integration.test_learner_engine import (
 __all__ = ["model", "processes", "wide_model"]
 
 pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module", autouse=True)
+def adapter_packages() -> Iterator[None]:
+    sys.path.append(str(ADAPTER_PACKAGES))
+    yield
+    sys.path.remove(str(ADAPTER_PACKAGES))
+
 
 TOKEN_IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 
@@ -79,6 +90,7 @@ def test_the_merged_model_is_what_is_trained_published_and_exported(
     assert moved == {name for name in names if "_proj.weight" in name}
     assert distance(weights, expected) < 1e-5
     base = AutoModelForCausalLM.from_pretrained(wide_model)
+    peft = importlib.import_module("peft")
     merged = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
     assert distance(weights, dict(merged.named_parameters())) == 0
     # Of the exported folder, and so of the merged weights, by Hugging Face's own forward pass.
