@@ -87,7 +87,16 @@ reconcile_seconds = 0.5
 reclaim_seconds = 1.0
 """
 
-VOLATILE = ("time", "seconds", "queue_", "dropped_", "law_", "eval_", "tokens_per_second")
+VOLATILE = (
+    "time",
+    "seconds",
+    "wait_data",
+    "queue_",
+    "dropped_",
+    "law_",
+    "eval_",
+    "tokens_per_second",
+)
 """Parts of the names of metrics that are of the clock, of the process or of the evaluations."""
 
 _forked = multiprocessing.get_context("forkserver")
