@@ -23,7 +23,7 @@ demo: setup ## Train the built-in model: warm-up, then RL with two replicas, wit
 test: export OMP_NUM_THREADS := 1
 test: setup ## Unit tests, then short runs with real parts, and with parts killed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not integration and not end_to_end"
-	$(BIN)/python -m pytest -m "integration or end_to_end"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "integration or end_to_end"
 
 bench: bench-head bench-methods bench-publish bench-wire ## Every benchmark but the study and the fleet; its results are in tests/bench/results
 
