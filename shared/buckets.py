@@ -13,14 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import xxhash
 
 # Every parameter starts at a multiple of this, so that a view of any dtype is aligned.
 ALIGNMENT = 16
 
-# Words of 32 bits in a row of the checksum: the most with which a row's sum is exact in float64.
-_ROW_WORDS = 2048
-# Rows at a time: 1 MiB of weights, and twice that of temporary memory, which a cache holds.
-_BLOCK_ROWS = 128
 _UINT64 = 1 << 64
 
 
@@ -193,16 +190,17 @@ class StagedWeights:
         """The bucket's bytes: uint8, [num_bytes], a view."""
         return self._memory[bucket.start : bucket.start + bucket.num_bytes]
 
-    def accept(self, bucket: Bucket, data: torch.Tensor, part: int) -> None:
+    def accept(self, bucket: Bucket, data: torch.Tensor) -> int:
         """Keep a bucket: `data`, on any device, or what was written to `self.data(bucket)`.
 
-        Args:
-            part: the bucket's own checksum.
+        Returns:
+            The checksum of what is kept.
         """
         place = self.data(bucket)
         if data.data_ptr() != place.data_ptr():
             place.copy_(data)
-        self._parts[bucket.start] = part
+        self._parts[bucket.start] = checksum(place, start=bucket.start)
+        return self._parts[bucket.start]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Views of the parameters by name, in the manifest's order."""
@@ -220,80 +218,16 @@ def allocate(num_bytes: int, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.empty(num_bytes, dtype=np.uint8))
 
 
-def checksum(data: torch.Tensor, *, start: int = 0) -> int:
-    """A 64-bit checksum of raw bytes, the same on CPU and GPU, that adds up over buckets.
-
-        sum over rows r of row_weight[r] * (sum over j of word[r, j] * weight[j])  mod 2^64
-
-    over 32-bit words, in rows of 2048 counted from the manifest's start. The inner sum is an
-    exact integer, with a different weight for each place; the outer weights are odd, so have an
-    inverse mod 2^64: a change within one word, and the exchange of two different words of a row,
-    always show. Zero bytes add nothing: sums of buckets do not depend on how the manifest was
-    divided.
+def checksum(data: torch.Tensor, *, start: int) -> int:
+    """XXH3 (64 bits) of a bucket's raw bytes, seeded with its place, so that buckets add up.
 
     Args:
-        data: uint8, contiguous, a multiple of 4 bytes long.
-        start: offset of `data` in the whole, aligned manifest; a multiple of 4.
+        data: uint8, contiguous, in host memory.
+        start: offset of `data` in the whole, aligned manifest.
     """
-    words = data.view(torch.int32)
-    row, place = divmod(start // 4, _ROW_WORDS)
-    head = min(-place % _ROW_WORDS, words.numel())
-    tail = head + (words.numel() - head) // _ROW_WORDS * _ROW_WORDS
-    parts = [
-        _row_sums(words[:head], first_place=place),
-        _row_sums(words[head:tail]),
-        _row_sums(words[tail:]),
-    ]
-    sums = torch.cat(parts).to(torch.int64)
-    total = (sums * _row_weights(row, len(sums), data.device)).sum()
-    return int(total.item()) % _UINT64
-
-
-def _row_sums(words: torch.Tensor, *, first_place: int = 0) -> torch.Tensor:
-    """Weighted sums, float64, of whole rows, or of a part of one that begins at `first_place`."""
-    width = min(len(words), _ROW_WORDS)
-    rows = words.view(-1, width) if width else words.view(0, 0)
-    weights = _word_weights(words.device)[first_place : first_place + width]
-    sums = torch.empty(len(rows), dtype=torch.float64, device=words.device)
-    # Floating point because integer products are slow; integers below 2^53 are exact in it.
-    block = torch.empty(
-        min(len(rows), _BLOCK_ROWS), width, dtype=torch.float64, device=words.device
-    )
-    for first in range(0, len(rows), _BLOCK_ROWS):
-        some = rows[first : first + _BLOCK_ROWS]
-        floats = block[: len(some)].copy_(some)
-        torch.mv(floats, weights, out=sums[first : first + len(some)])
-    return sums
+    return xxhash.xxh3_64_intdigest(data.numpy().data, seed=start)
 
 
 def add_checksums(parts: Iterable[int]) -> int:
-    """The checksum of a whole manifest from those of its buckets."""
+    """The checksum of a whole manifest, divided in these buckets, from those of the buckets."""
     return sum(parts) % _UINT64
-
-
-_weights_by_device: dict[torch.device, torch.Tensor] = {}
-
-
-def _word_weights(device: torch.device) -> torch.Tensor:
-    """Of the places in a row, float64: the odd numbers below 2 * _ROW_WORDS, shuffled.
-
-    The sum of 2048 words, each below 2^31, times the first 2048 odd numbers is at most 2^53.
-    """
-    if device not in _weights_by_device:
-        place = torch.arange(_ROW_WORDS, dtype=torch.int64, device=device)
-        shuffled = place * (2 * place + 1) % _ROW_WORDS
-        _weights_by_device[device] = (2 * shuffled + 1).to(torch.float64)
-    return _weights_by_device[device]
-
-
-def _row_weights(first: int, count: int, device: torch.device) -> torch.Tensor:
-    """Odd int64 weights of `count` rows from row number `first` on."""
-    mixed = torch.arange(first + 1, first + count + 1, dtype=torch.int64, device=device)
-    mixed = mixed * _as_int64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> 31)) * _as_int64(0xBF58476D1CE4E5B9)
-    return (mixed ^ (mixed >> 29)) | 1
-
-
-def _as_int64(value: int) -> int:
-    """Two's complement: the int64 that has the bits of this uint64."""
-    return value - _UINT64 if value >= 1 << 63 else value

@@ -18,7 +18,7 @@ import torch
 
 from protos import learner_pb2 as pb
 from protos import learner_pb2_grpc as pb_grpc
-from shared.buckets import Bucket, Manifest, StagedWeights, add_checksums, checksum
+from shared.buckets import Bucket, Manifest, StagedWeights, add_checksums
 from shared.errors import BroadcastError, StartError
 from shared.roles import LEARNER, peer_options
 from shared.tls import read_material
@@ -80,8 +80,7 @@ def fetch_weights(
             for bucket in staged.buckets:
                 data = staged.data(bucket)
                 chunks.fill(data, bucket)
-                parts.append(checksum(data, start=bucket.start))
-                staged.accept(bucket, data, parts[-1])
+                parts.append(staged.accept(bucket, data))
             chunks.expect_end()
         except grpc.RpcError as error:
             raise BroadcastError(

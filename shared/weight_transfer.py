@@ -119,9 +119,10 @@ def send_weights(
     sending, parts = _Sending(groups), []
     for bucket, data in packed:
         sending.begin(data)
-        parts.append(checksum(data, start=bucket.start))
         if staged is not None:
-            staged.accept(bucket, data, parts[-1])
+            parts.append(staged.accept(bucket, data))
+        else:
+            parts.append(checksum(data.cpu(), start=bucket.start))
         sending.settle(at_most=_BUCKETS_UNDER_WAY - 1)  # the next is packed in the freed place
     sending.settle(at_most=0)
     num_bytes = sum(bucket.num_bytes for bucket in buckets)
@@ -158,8 +159,7 @@ def receive_weights(
     while under_way:
         bucket, data, work = under_way.popleft()
         group.finish(work)
-        parts.append(checksum(data, start=bucket.start))
-        staged.accept(bucket, data, parts[-1])
+        parts.append(staged.accept(bucket, data))
         under_way.extend(islice(begun, 1))
     return Received(staged.tensors(), add_checksums(parts), time.monotonic() - started)
 

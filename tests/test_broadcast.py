@@ -20,6 +20,7 @@ from shared.broadcast import BroadcastGroup, GroupSpec, open_group, open_store
 from shared.buckets import Manifest, ParameterSpec, StagedWeights, pack_buckets, plan_buckets
 from shared.errors import BroadcastError
 from shared.weight_transfer import Received, receive_weights, send_weights
+from tests.forked import FORKED
 from tests.manifests import random_manifest, random_tensors, whole_checksum
 
 BUCKET_BYTES = 4096
@@ -64,10 +65,9 @@ def join_and_freeze(spec: GroupSpec, joined: multiprocessing.Queue[Any]) -> None
 def test_weights_arrive_whole_in_another_process() -> None:
     manifest = random_manifest(3)
     tensors = random_tensors(manifest)
-    spawn = multiprocessing.get_context("spawn")
-    results: multiprocessing.Queue[Any] = spawn.Queue()
+    results: multiprocessing.Queue[Any] = FORKED.Queue()
     with pair("round-trip", timeout_seconds=60) as (spec, join):
-        process = spawn.Process(target=receive_and_report, args=(spec, manifest, results))
+        process = FORKED.Process(target=receive_and_report, args=(spec, manifest, results))
         process.start()
         group = join()
         report = send_weights([group], tensors.items(), manifest, bucket_bytes=BUCKET_BYTES)
@@ -83,14 +83,13 @@ def test_weights_arrive_whole_in_another_process() -> None:
 def test_a_killed_peer_fails_alone_and_at_once() -> None:
     manifest = random_manifest(3)
     tensors = random_tensors(manifest)
-    spawn = multiprocessing.get_context("spawn")
-    joined: multiprocessing.Queue[Any] = spawn.Queue()
+    joined: multiprocessing.Queue[Any] = FORKED.Queue()
     with (
         pair("killed", timeout_seconds=60) as (dying, join_dying),
         pair("healthy", timeout_seconds=60) as (healthy, join_healthy),
         ThreadPoolExecutor() as threads,
     ):
-        process = spawn.Process(target=join_and_freeze, args=(dying, joined))
+        process = FORKED.Process(target=join_and_freeze, args=(dying, joined))
         process.start()
         dying_group = join_dying()
         joined.get(timeout=60)
@@ -242,7 +241,7 @@ def test_versions_follow_each_other_in_a_group_and_in_the_same_memory(
             received = receiving.result(60)
             assert report.failed == {}
             assert received.checksum == report.checksum == arrived.checksum
-            assert report.checksum == whole_checksum(tensors, manifest, 777)
+            assert report.checksum == whole_checksum(tensors, manifest, bucket_bytes)
             assert sent.checksum == (report.checksum if keeps_copy else None)
             assert list(received.tensors) == list(tensors)
             assert all(torch.equal(received.tensors[name], tensors[name]) for name in tensors)
@@ -271,14 +270,13 @@ def test_a_bucket_is_not_packed_over_one_that_still_travels() -> None:
 def test_a_peer_killed_within_a_bucket_does_not_keep_the_others_from_theirs() -> None:
     manifest = large_manifest(4)
     tensors = random_tensors(manifest)
-    spawn = multiprocessing.get_context("spawn")
-    joined: multiprocessing.Queue[Any] = spawn.Queue()
+    joined: multiprocessing.Queue[Any] = FORKED.Queue()
     with (
         pair("dying", timeout_seconds=60) as (spec, join_dying),
         joined_pairs("living") as [(living, receiver)],
         ThreadPoolExecutor() as threads,
     ):
-        process = spawn.Process(target=join_and_freeze, args=(spec, joined))
+        process = FORKED.Process(target=join_and_freeze, args=(spec, joined))
         process.start()
         dying = join_dying()
         joined.get(timeout=60)

