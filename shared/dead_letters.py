@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 
 from protos import dead_letter_pb2 as pb
 from shared.errors import StreamError
-from shared.metrics import BACKPRESSURE_SECONDS, DEAD_LETTERED
+from shared.metrics.queues import BACKPRESSURE_SECONDS, DEAD_LETTERED
 from shared.stream import PROMPTS, ROLLOUTS, SCORED, Entry, Stream, finish_when_room
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,10 @@ import logging
 import socket
 import socketserver
 import threading
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -29,11 +31,13 @@ logger = logging.getLogger(__name__)
 IDLE_SECONDS = 10.0
 """A connection that says nothing for so long is closed."""
 
+CONNECTION_SECONDS = 30.0
+"""A connection that is not done by then is closed, however often it says something."""
+
 MAX_CONNECTIONS = 64
 """Answered at a time; more are turned away."""
 
 HEALTH_SECONDS = 4.0
-"""An event loop that does not answer within this time is not well; less than a probe waits."""
 
 _HEALTH = "/health/"
 
@@ -48,6 +52,9 @@ class MetricsServer:
         metrics: the WSGI application behind `/metrics`.
         tls: HTTPS by these credentials; plain HTTP without.
         token_file: holds the token, and is read again for each request; nobody needs one without.
+        health_seconds: an event loop that does not answer within this time is not well; less than
+            a probe waits.
+        connection_seconds: the longest that one peer is listened to.
     Raises:
         OSError: the port is taken.
         StartError: the token file cannot be read, or holds none.
@@ -61,13 +68,16 @@ class MetricsServer:
         metrics: Application,
         tls: Credentials | None = None,
         token_file: Path | None = None,
+        health_seconds: float = HEALTH_SECONDS,
+        connection_seconds: float = CONNECTION_SECONDS,
     ) -> None:
         self._metrics = metrics
+        self._health_seconds = health_seconds
         self._token_file = token_file
         if token_file is not None:
             read_token(token_file)
         self._ask: tuple[Ask, asyncio.AbstractEventLoop] | None = None
-        self._server = _Server((host, port), tls)
+        self._server = _Server((host, port), tls, connection_seconds)
         self._server.set_app(self._answer)
         self._thread = threading.Thread(
             target=self._server.serve_forever, name="metrics", daemon=True
@@ -108,8 +118,8 @@ class MetricsServer:
             return HTTPStatus.SERVICE_UNAVAILABLE
         asking = asyncio.run_coroutine_threadsafe(ask(service), loop)
         try:
-            is_well = asking.result(HEALTH_SECONDS)
-        except FutureTimeoutError:
+            is_well = asking.result(self._health_seconds)
+        except (FutureTimeoutError, CancelledError):  # hangs, or ends just now
             asking.cancel()
             return HTTPStatus.SERVICE_UNAVAILABLE
         if is_well is None:
@@ -167,11 +177,14 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
     daemon_threads = True
     request_queue_size = MAX_CONNECTIONS
 
-    def __init__(self, address: tuple[str, int], tls: Credentials | None) -> None:
+    def __init__(
+        self, address: tuple[str, int], tls: Credentials | None, connection_seconds: float
+    ) -> None:
         self.address_family = socket.getaddrinfo(
             *address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0][0]
         self._tls = tls
+        self._connection_seconds = connection_seconds
         self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
         super().__init__(address, _Handler)
 
@@ -185,7 +198,11 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         if not self._places.acquire(blocking=False):
             self.shutdown_request(request)
             return
-        super().process_request(request, client_address)
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # no thread is to be had
+            self._places.release()
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
@@ -195,12 +212,36 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         if self._tls is None:
-            super().finish_request(request, client_address)
+            with _cut_off_after(self._connection_seconds, request):
+                super().finish_request(request, client_address)
             return
         request.settimeout(IDLE_SECONDS)
-        with self._tls.current().https.wrap_socket(request, server_side=True) as wrapped:
+        https = self._tls.current().https
+        with (
+            https.wrap_socket(request, server_side=True, do_handshake_on_connect=False) as wrapped,
+            _cut_off_after(self._connection_seconds, wrapped),
+        ):
+            wrapped.do_handshake()
             super().finish_request(wrapped, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A peer that breaks off, or speaks plain text to HTTPS, is no error of ours."""
         logger.debug("a connection from %s failed", client_address, exc_info=True)
+
+
+@contextmanager
+def _cut_off_after(seconds: float, connection: socket.socket) -> Iterator[None]:
+    """Have whoever waits for this connection find it at its end by then."""
+    timer = threading.Timer(seconds, _cut_off, [connection])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _cut_off(connection: socket.socket) -> None:
+    with suppress(OSError):
+        # Not SSLSocket's own: the other thread is to read on, and to find nothing there.
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from shared.metrics import ROLLOUT_SAVED_BYTES
+from shared.metrics.rollout import ROLLOUT_SAVED_BYTES
 from shared.partials import Piece, decode_pieces, encode_pieces
 from shared.records import Completion
 from shared.redis_connection import translated

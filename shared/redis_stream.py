@@ -29,7 +29,7 @@ _FIELD = b"d"
 _PAGE = 64
 """Entries of one reply, which is held in memory twice."""
 
-_NO_PATIENCE = Patience()
+NO_PATIENCE = Patience()
 
 _Answer = TypeVar("_Answer")
 
@@ -168,7 +168,7 @@ class RedisStream:
             key=self._key,
             name=self.name,
             bounds=self.bounds,
-            patience=_NO_PATIENCE,
+            patience=NO_PATIENCE,
         )
 
     async def create(self) -> None:
@@ -258,7 +258,7 @@ class Streams:
             rollouts=self.rollouts.impatient(),
             scored=self.scored.impatient(),
             dead_letter=self.dead_letter.impatient(),
-            patience=_NO_PATIENCE,
+            patience=NO_PATIENCE,
         )
 
     async def close(self) -> None:
@@ -274,7 +274,7 @@ async def open_streams(
     prompts: Bounds,
     groups: Bounds,
     timeout_seconds: float,
-    patience: Patience = _NO_PATIENCE,
+    patience: Patience = NO_PATIENCE,
     retries: int = RETRIES,
 ) -> AsyncIterator[Streams]:
     """The streams of run `run_id` on the server at `url`.

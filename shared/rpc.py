@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection
 
 from shared import tracing
 from shared.errors import PeerError, StartError
-from shared.metrics import RPC_HANDLED, RPC_SECONDS
+from shared.metrics.process import RPC_HANDLED, RPC_SECONDS
 from shared.renewing_channel import RenewingChannel
 from shared.roles import Guard, peer_options
 from shared.tls import Credentials, Material

@@ -17,7 +17,6 @@ def keep_run_file(folder: Path, run_file: Path) -> None:
 
     The time of the copy says when the run was last started.
 
-
     Raises:
         StartError: the folder cannot be written.
     """

@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from contextlib import asynccontextmanager
 
 from shared.activity import Activity, Phase
 from shared.dead_letters import bury
 from shared.errors import StreamError
 from shared.lease import Registry, Role
-from shared.metrics import BACKPRESSURE_SECONDS, REDELIVERED
+from shared.metrics.queues import BACKPRESSURE_SECONDS, REDELIVERED
 from shared.redis_connection import REFUSED
 from shared.stream import Entry, Stream, finish_when_room
 
@@ -251,3 +252,17 @@ async def adopt_orphans(
             await adopt(idle_seconds=idle_seconds, alive=alive)
         except StreamError as error:
             logger.warning("nothing reclaimed: %s", error)
+
+
+@asynccontextmanager
+async def adopting_orphans(
+    adopt: Callable[..., Awaitable[None]], registry: Registry, role: Role, *, idle_seconds: float
+) -> AsyncIterator[None]:
+    """`adopt_orphans`, until the end of the context."""
+    adopting = asyncio.create_task(
+        adopt_orphans(adopt, registry, role, idle_seconds=idle_seconds), name="adopter"
+    )
+    try:
+        yield
+    finally:
+        adopting.cancel()

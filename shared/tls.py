@@ -13,6 +13,7 @@ import ssl
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from shared.errors import StartError
 from shared.roles import SERVING, role_of, role_uri, server_name
 
 logger = logging.getLogger(__name__)
+
+_MAX_TURNS = 16
+"""Of each end of a handshake; three do. Nothing waits in memory, so that turns are its deadline."""
 
 CERTIFICATE, KEY, AUTHORITIES = _FILES = ("tls.crt", "tls.key", "ca.crt")
 
@@ -33,6 +37,8 @@ class Material:
     Attributes:
         https: for servers that ask no certificate of their peers.
         names: pairs of kind and name, as `("DNS", "learner.isentrope")`.
+        expiry: of the certificate, seconds since 1970.
+        authorities_expiry: of that authority among those trusted which stays good longest.
     """
 
     certificate: bytes
@@ -40,7 +46,8 @@ class Material:
     authorities: bytes
     https: ssl.SSLContext
     names: Sequence[tuple[str, str]]
-    not_after: str
+    expiry: float
+    authorities_expiry: float
 
     @property
     def roles(self) -> list[str]:
@@ -125,7 +132,7 @@ class Credentials:
 
     @property
     def _until(self) -> str:
-        return self._material.not_after
+        return datetime.fromtimestamp(self._material.expiry, UTC).isoformat()
 
     def server_credentials(self) -> grpc.ServerCredentials:
         """For a server that asks every peer for a certificate; follows the folder."""
@@ -155,14 +162,21 @@ def read_material(folder: Path) -> Material:
     """
     certificate, key, authorities = (_read(folder / name) for name in _FILES)
     shown = _shake_hands(folder)
+    trusted = _trusting(ssl.PROTOCOL_TLS_CLIENT, folder).get_ca_certs()
     return Material(
         certificate=certificate,
         key=key,
         authorities=authorities,
         https=_context(ssl.PROTOCOL_TLS_SERVER, folder),
         names=tuple(shown.get("subjectAltName", ())),
-        not_after=str(shown["notAfter"]),
+        expiry=_expiry(shown),
+        # A certificate that is its own authority is none by its purposes, and is not listed.
+        authorities_expiry=max(map(_expiry, trusted), default=_expiry(shown)),
     )
+
+
+def _expiry(certificate: Mapping[str, Any]) -> float:
+    return float(ssl.cert_time_to_seconds(certificate["notAfter"]))
 
 
 def _marks(folder: Path) -> tuple[tuple[int, ...], ...]:
@@ -240,7 +254,7 @@ def _shake_hands(folder: Path) -> Mapping[str, Any]:
     try:
         _finish([client, server])
     except ssl.SSLError as error:
-        reason = getattr(error, "verify_message", None) or error.reason
+        reason = getattr(error, "verify_message", None) or getattr(error, "reason", error)
         raise StartError(
             f"{folder / CERTIFICATE}: a peer that trusts {folder / AUTHORITIES} refuses it"
             f" ({reason}); issue a certificate for server and client authentication, valid now, by"
@@ -250,11 +264,23 @@ def _shake_hands(folder: Path) -> Mapping[str, Any]:
 
 
 def _finish(ends: Sequence[ssl.SSLObject]) -> None:
-    """Let each go on in turn until both have shaken hands."""
+    """Let each go on in turn until all have shaken hands.
+
+    Raises:
+        SSLError: one of them refuses, or waits for more than the others have to say.
+    """
     waiting = list(ends)
-    while waiting:
-        end = waiting.pop(0)
-        try:
-            end.do_handshake()
-        except ssl.SSLWantReadError:
-            waiting.append(end)
+    for _ in range(_MAX_TURNS):
+        waiting = [end for end in waiting if not _goes_on(end)]
+        if not waiting:
+            return
+    raise ssl.SSLError("the handshake does not end")
+
+
+def _goes_on(end: ssl.SSLObject) -> bool:
+    """Whether it is done."""
+    try:
+        end.do_handshake()
+    except ssl.SSLWantReadError:
+        return False
+    return True

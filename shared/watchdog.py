@@ -21,7 +21,7 @@ from typing import Any
 
 from shared.activity import Report
 from shared.lease import Role
-from shared.metrics import SERVICE_STALLED
+from shared.metrics.process import SERVICE_STALLED
 from shared.rpc import RpcServer
 
 logger = logging.getLogger(__name__)

@@ -30,11 +30,11 @@ class Leaf:
 class Authority:
     """A certificate authority; two of the same name do not trust each other's leaves."""
 
-    def __init__(self, name: str = "test authority") -> None:
+    def __init__(self, name: str = "test authority", *, valid_until: timedelta = _HOUR) -> None:
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = _name(name)
         public = self._key.public_key()
-        builder = _builder(self._name, self._name, public, -_HOUR, _HOUR).add_extension(
+        builder = _builder(self._name, self._name, public, -_HOUR, valid_until).add_extension(
             x509.BasicConstraints(ca=True, path_length=0), critical=True
         )
         usage = x509.KeyUsage(

@@ -1,4 +1,4 @@
-"""A real Redis for the tests that need one: its own socket, its own prefix, gone at the end."""
+"""What tests of every kind share: their order, no hurry, and a Redis, gone at the end."""
 
 from __future__ import annotations
 
@@ -7,10 +7,29 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from shared.redis_server import embedded_redis
 from shared.redis_stream import Streams, open_streams
 from shared.stream import Bounds
+
+# A busy machine is no failure.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: short ones then keep all workers busy until the end."""
+    places: dict[Path, int] = {}
+    for item in items:
+        places[item.path] = min(_place(item), places.get(item.path, _place(item)))
+    items.sort(key=lambda item: places[item.path])
+
+
+def _place(item: pytest.Item) -> int:
+    if item.get_closest_marker("end_to_end"):
+        return 0
+    return 1 if item.get_closest_marker("integration") else 2
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ import pytest
 
 from services.learner.checkpoint import newest_checkpoint, write_checkpoint
 from shared.errors import CheckpointError, StartError
-from shared.metrics import serve_metrics
+from shared.metrics.process import serve_metrics
 from shared.rpc import serve
 
 RUN = """

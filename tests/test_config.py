@@ -50,6 +50,10 @@ def test_every_run_file_that_is_shipped_is_valid(path: Path) -> None:
             'learner.offload = "cpu": DeepSpeed offloads what ZeRO holds, and zero_stage = 0',
         ),
         (
+            RUN + '[warmup]\n[learner]\nhead_dtype = "bfloat16"\n',
+            "learner.head_dtype = 'bfloat16': input should be 'model' or 'float32'",
+        ),
+        (
             RUN + "[warmup]\n[learner.lora]\ndropout = 0.1\n",
             "learner.lora.dropout = 0.1: unknown key",
         ),

@@ -77,7 +77,7 @@ async def test_poison_goes_to_the_dead_letters_with_its_error(
     three: Three, error: Exception, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     # pytest-xdist cannot send on a captured log that holds half a character.
-    caplog.set_level(logging.CRITICAL)
+    caplog.set_level(logging.CRITICAL, logger="shared.dead_letters")
     source, output, dead = three
 
     async def work(entry: Entry) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -118,7 +119,7 @@ def restart_command(run: RunIdentity, launch: Launch) -> str:
     """What a person types to start a replica again."""
     command = _python(f"services.{launch.role}", *_common(run, launch.name))
     url_file = RunFolder(run.run_file.parent).redis_url_file_of(launch.role)
-    return f'REDIS_URL="$(cat {url_file})" {" ".join(command)}'
+    return f'REDIS_URL="$(cat {shlex.quote(str(url_file))})" {shlex.join(command)}'
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from io import BytesIO
 from pathlib import Path
 
 from services.cli.chapters import CHAPTERS, Chapter, Subject
+from services.cli.checkpoints import checkpoints_text
 from services.cli.figures import Absent
 from services.cli.measurements import Row, latest, read_rows, values
 from services.cli.run_folder import RunFolder
@@ -54,7 +55,7 @@ def make_report(folder: RunFolder) -> Path:
         folder.plots.mkdir(exist_ok=True)
         for section in (section for _, sections in chapters for section in sections):
             _write_plot(folder.plots / f"{section.subject.name}.png", section.image)
-        _write_whole(folder.report, _page(folder.run_id, _facts(rows), chapters).encode())
+        _write_whole(folder.report, _page(folder.run_id, _facts(folder, rows), chapters).encode())
     except OSError as error:
         raise StartError(
             f"{folder.report}: cannot be written ({error}); make room or make the folder writable"
@@ -72,7 +73,7 @@ def _section(subject: Subject, rows: Sequence[Row]) -> Section:
     return Section(subject, drawing.reading, image.getvalue())
 
 
-def _facts(rows: Sequence[Row]) -> Facts:
+def _facts(folder: RunFolder, rows: Sequence[Row]) -> Facts:
     """The few numbers at the top."""
     if not rows:
         return [("steps", "none: metrics.jsonl is missing or empty")]
@@ -83,6 +84,7 @@ def _facts(rows: Sequence[Row]) -> Facts:
         ("entropy", entropy_text(rows)),
         *law_facts(rows),
         ("tokens trained on", f"{tokens:,.0f}" if tokens else "not measured"),
+        ("checkpoints", checkpoints_text(folder, rows)),
     ]
     return [(name, text) for name, text in facts if text]
 

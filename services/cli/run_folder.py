@@ -66,6 +66,11 @@ class RunFolder:
         return self.path / "ledger.jsonl"
 
     @property
+    def checkpoints(self) -> Path:
+        """One folder each, written by the learner."""
+        return self.path / "checkpoints"
+
+    @property
     def model(self) -> Path:
         """The trained model in Hugging Face form, written at the end."""
         return self.path / "model"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+from services.cli.checkpoints import checkpoints_text
 from services.cli.law import law_lines
+from services.cli.measurements import read_rows
 from services.cli.observer import LearnerView, Observer, ServiceView, View, own_credentials
 from services.cli.progress import services_table
 from services.cli.run_folder import RunFolder
@@ -24,7 +26,7 @@ def print_status(folder: RunFolder) -> None:
     if not view.services:
         reason = view.trouble or "no service holds a lease"
         raise StartError(f"{folder.path}: nothing runs ({reason}); {_remedy(folder)}")
-    _print(view)
+    _print(view, checkpoints_text(folder, read_rows(folder.metrics)))
 
 
 async def _look(folder: RunFolder, redis_url: str) -> View:
@@ -66,11 +68,12 @@ def _remedy(folder: RunFolder) -> str:
     )
 
 
-def _print(view: View) -> None:
+def _print(view: View, checkpoints: str) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
     facts = _learner_facts(view.learner) if view.learner else [("learner", "does not answer")]
+    facts += [("checkpoints", checkpoints)] if checkpoints else []
     for name, text in facts:
         console.print(f"{name:<20}{text}", markup=False, soft_wrap=True)
     console.print(services_table(view))

@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from protos import learner_pb2_grpc as pb_grpc
 from services.learner.catch_up import CatchUp
 from services.learner.engine import LearnerEngine
-from services.learner.inbox import CONSUMER
 from services.learner.loop import Learner
 from services.learner.outage import Outage
 from services.learner.progress import Progress
 from services.learner.publisher import OnEngine
+from services.learner.reader import CONSUMER
 from services.learner.service import SERVICE, LearnerServicer
 from services.learner.watchdog import Watchdog
 from services.learner.wiring import wire_learner
-from shared import tracing
 from shared.lease import Registry
-from shared.metrics import (
-    LEARNER_ENTROPY_BOUND,
-    describe_process,
-    serve_metrics,
-    watch_steps,
-)
+from shared.metrics.learner import LEARNER_ENTROPY_BOUND, watch_steps
 from shared.metrics_server import MetricsServer
+from shared.presence import Presence, connected, present, show_metrics
 from shared.process import ServiceArguments
 from shared.redis_connection import Patience, check_server
-from shared.redis_stream import open_streams
-from shared.rpc import RpcServer, serve
 from shared.run_file import keep_run_file
 
 RETRIES = 3
@@ -70,28 +63,21 @@ async def _lead(
     given: ServiceArguments, stop: asyncio.Event, engine: LearnerEngine, on_engine: OnEngine
 ) -> None:
     """Rank 0: serve, hold the lease, run the loop."""
-    network, redis, environment = given.config.network, given.config.redis, given.environment
-    metrics = _serve_metrics(given)
+    metrics = _show_metrics(given)
     progress = Progress()
     outage = Outage(given.redis_url, progress)
-    async with (
-        tracing.exporting(
-            environment.traces_endpoint, role="learner", name=given.name, run_id=given.run_id
+    async with connected(
+        given,
+        "learner",
+        patience=Patience(
+            given.redis_url, seconds=given.config.redis.outage_seconds, told=outage.told
         ),
-        open_streams(
-            given.redis_url,
-            run_id=given.run_id,
-            prompts=redis.prompt_bounds,
-            groups=redis.group_bounds,
-            timeout_seconds=network.call_timeout_seconds,
-            patience=Patience(given.redis_url, seconds=redis.outage_seconds, told=outage.told),
-            retries=RETRIES,
-        ) as streams,
-    ):
+        retries=RETRIES,
+    ) as streams:
         learner = wire_learner(given, streams, engine, on_engine, progress)
         catch_up = CatchUp(learner.publisher)
         registry = Registry(streams.client, prefix=streams.prefix)
-        async with _serving(given, learner, catch_up, registry, metrics) as (server, lease):
+        async with _present(given, learner, catch_up, registry, metrics) as (server, lease):
             async with (
                 _watchdog(given, learner, registry).watching(server),
                 catch_up.running(f"{given.host}:{server.port}") as catching_up,
@@ -101,16 +87,13 @@ async def _lead(
                 await _until_told(stop, lease)
 
 
-@asynccontextmanager
-async def _serving(
+def _present(
     given: ServiceArguments,
     learner: Learner,
     catch_up: CatchUp,
     registry: Registry,
     metrics: MetricsServer,
-) -> AsyncIterator[tuple[RpcServer, asyncio.Task[None]]]:
-    """The learner's calls are answered and its lease is held; the server, and the lease's task."""
-    network = given.config.network
+) -> AbstractAsyncContextManager[Presence]:
     servicer = LearnerServicer(
         run_id=given.run_id,
         num_steps=given.config.run.num_steps,
@@ -118,26 +101,17 @@ async def _serving(
         publisher=learner.publisher,
         catch_up=catch_up,
     )
-    async with (
-        serve(
-            host=network.host,
-            port=network.learner_port,
-            port_key="network.learner_port",
-            services=[SERVICE],
-            add=lambda server: pb_grpc.add_LearnerServicer_to_server(servicer, server),
-            tls=given.tls,
-        ) as server,
-        registry.hold(
-            "learner",
-            CONSUMER,
-            address=f"{given.host}:{server.port}",
-            metrics_address=f"{given.host}:{metrics.port}",
-            seconds=network.lease_seconds,
-        ) as lease,
-    ):
-        metrics.answer_health(server.is_healthy)
-        await server.set_serving(True)
-        yield server, lease
+    return present(
+        given,
+        "learner",
+        name=CONSUMER,
+        service=SERVICE,
+        port=given.config.network.learner_port,
+        add=lambda server: pb_grpc.add_LearnerServicer_to_server(servicer, server),
+        registry=registry,
+        metrics_address=f"{given.host}:{metrics.port}",
+        answer_health=metrics.answer_health,
+    )
 
 
 def _watchdog(given: ServiceArguments, learner: Learner, registry: Registry) -> Watchdog:
@@ -179,6 +153,7 @@ async def _run(
             task.cancel()
         learner.journal.close()
         learner.history.close()
+        await learner.inbox.close()
         await learner.saver.close()
         await learner.publisher.close()
 
@@ -196,19 +171,10 @@ async def _until_told(stop: asyncio.Event, lease: asyncio.Task[None]) -> None:
         lease.result()
 
 
-def _serve_metrics(given: ServiceArguments) -> MetricsServer:
-    config = given.config
-    describe_process(
-        run_id=given.run_id, model=config.model_path, algorithm=config.policy_loss.loss_mode
-    )
-    if config.entropy.method == "aent":
-        band = config.adaptive_entropy
+def _show_metrics(given: ServiceArguments) -> MetricsServer:
+    if given.config.entropy.method == "aent":
+        band = given.config.adaptive_entropy
         LEARNER_ENTROPY_BOUND.labels(bound="lower").set(band.entropy_low)
         LEARNER_ENTROPY_BOUND.labels(bound="upper").set(band.entropy_high)
     watch_steps()
-    return serve_metrics(
-        host=config.network.host,
-        port=config.network.metrics_port,
-        tls=given.tls,
-        token_file=given.environment.metrics_token_file,
-    )
+    return show_metrics(given)

@@ -19,7 +19,7 @@ from services.learner.peer import Peer, left_behind
 from services.learner.publisher import Publisher
 from services.learner.refit import Version
 from shared.errors import PeerError, StreamError
-from shared.metrics import WEIGHT_SYNC_BYTES, WEIGHT_SYNC_STREAMS
+from shared.metrics.weights import WEIGHT_SYNC_BYTES, WEIGHT_SYNC_STREAMS
 from shared.weight_stream import WeightSource, weight_chunks
 
 logger = logging.getLogger(__name__)

@@ -130,9 +130,8 @@ def _read(folder: Path) -> Checkpoint:
         for name, (size, crc) in listed.items():
             path = folder / name
             # The size first: what is no file of the checkpoint may have no end.
-            if not _is_within(folder, path) or path.stat().st_size != size:
-                raise ValueError(f"{name} is not as it was written")
-            if fingerprint(path) != (size, crc):
+            is_whole = _is_within(folder, path) and path.stat().st_size == size
+            if not is_whole or fingerprint(path) != (size, crc):
                 raise ValueError(f"{name} is not as it was written")
         state = json.loads((folder / STATE).read_text("utf8"))
         return Checkpoint(folder, int(state["step"]), state)

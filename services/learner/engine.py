@@ -11,7 +11,6 @@ import contextlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from threading import Thread
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from services.learner.policy_weights import PolicyWeights
 from services.learner.ranks import Command, Opcode, Ranks
 from services.learner.reshape import reshaped
 from services.learner.shares import hand_out, pack_rows, take_share, unpack_rows
-from services.learner.snapshot import Snapshot
+from services.learner.snapshot import Snapshot, Writing
 from services.learner.training import Trainer
 from services.learner.zero import CHECKPOINT_TAG, ZeroModel
 from shared.buckets import Manifest
@@ -53,7 +52,7 @@ class LearnerEngine:
         self._model = model
         self._ranks = ranks
         self._trainer = Trainer(config, model, ranks)
-        self._writer: Thread | None = None
+        self._writing = Writing()
         self._is_open = True
 
     @classmethod
@@ -256,13 +255,10 @@ class LearnerEngine:
         return Snapshot(files, self._ranks, {"num_ranks": num_ranks, "zero_stage": zero_stage})
 
     def _follow_snapshot(self, *, copies: bool) -> None:
-        if self._writer is not None:
-            self._writer.join()  # soon: rank 0 has heard from it
-        snapshot = self._snapshot(copies=copies)
-        self._writer = Thread(target=snapshot.follow, name="checkpoint")
-        self._writer.start()
+        self._writing.end()  # soon: rank 0 has heard from it
+        self._writing.begin(self._snapshot(copies=copies).follow)
         if not copies:
-            self._writer.join()
+            self._writing.end()
 
     def _load(self, folder: Path, *, is_reshaped: bool) -> None:
         client_state = self._model.load(folder, is_reshaped=is_reshaped)
@@ -274,8 +270,7 @@ class LearnerEngine:
 
     def _leave(self) -> None:
         self._is_open = False
-        if self._writer is not None:
-            self._writer.join()
+        self._writing.end()
         self._model.leave()
 
 
@@ -284,4 +279,5 @@ def _load_policy(config: RunConfig, model_path: str) -> Policy:
         model_path,
         dtype=getattr(torch, config.model.dtype),
         chunk=config.learner.logit_chunk_tokens,
+        product_dtype=torch.float32 if config.learner.head_dtype == "float32" else None,
     )

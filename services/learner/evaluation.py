@@ -17,7 +17,7 @@ from typing import Any
 from services.learner.feeder import make_group, put_group
 from shared.config import RunConfig
 from shared.config.algorithm import LawConfig
-from shared.metrics import LEARNER_REISSUED
+from shared.metrics.learner import LEARNER_REISSUED
 from shared.records import GroupUid, Outcome, Purpose, ScoredGroup
 from shared.rl.entropy_law import EntropyLaw, fit, forecast
 from shared.stream import Stream

@@ -15,7 +15,8 @@ from services.learner.ledger import Ledger
 from shared import tracing
 from shared.codec import encode_prompt_group
 from shared.config import RunConfig
-from shared.metrics import BACKPRESSURE_SECONDS, LEARNER_REISSUED
+from shared.metrics.learner import LEARNER_REISSUED
+from shared.metrics.queues import BACKPRESSURE_SECONDS
 from shared.records import GroupUid, PromptGroup, Purpose
 from shared.rl.staleness import admissible
 from shared.stream import Stream, put_when_room

@@ -11,28 +11,25 @@ https://arxiv.org/abs/2503.14476) it is skipped and another prompt takes its pla
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Collection
+from contextlib import AbstractContextManager
 from typing import Any
 
 from services.learner.evaluation import Evaluator
 from services.learner.feeder import Feeder
 from services.learner.ledger import Ledger
+from services.learner.reader import Arrival, Reader
 from shared import tracing
-from shared.codec import decode_scored_group
 from shared.dead_letters import bury
 from shared.errors import StreamError
-from shared.metrics import LEARNER_ABANDONED, LEARNER_DEGENERATE, LEARNER_DROPPED
+from shared.metrics.learner import LEARNER_ABANDONED, LEARNER_DEGENERATE, LEARNER_DROPPED
 from shared.records import Outcome, Purpose, ScoredGroup
 from shared.rl.staleness import staleness
 from shared.stream import SCORED, Entry, Stream
 
 logger = logging.getLogger(__name__)
 
-CONSUMER = "learner"
-CLAIM_WAIT_SECONDS = 0.5
 LOST_SECONDS = 30.0
 """An entry claimed this long ago that this process does not know of: the reply was lost."""
 
@@ -40,7 +37,7 @@ MIN_JUDGED = 2
 
 
 class Inbox:
-    """The only consumer of `scored`.
+    """What came on `scored`, sorted.
 
     Args:
         vocabulary: token ids of the model are below it.
@@ -49,7 +46,6 @@ class Inbox:
     Attributes:
         dropped: groups of this process that were not trained on, by reason.
         num_replaced: groups that were skipped for the batch taken last.
-        heard_at: when a group last came, or a wait for some began; monotonic seconds.
     """
 
     def __init__(
@@ -71,7 +67,6 @@ class Inbox:
     ) -> None:
         self.dropped: dict[str, int] = {}
         self.num_replaced = 0
-        self.heard_at = time.monotonic()
         self._batch: dict[int, ScoredGroup] = {}
         self._scored = scored
         self._dead_letter = dead_letter
@@ -79,17 +74,14 @@ class Inbox:
         self._feeder = feeder
         self._evaluator = evaluator
         self._on_evaluated = on_evaluated
-        self._vocabulary = vocabulary
-        self._max_length = max_length
         self._max_staleness = max_staleness
         self._max_attempts = max_attempts
         self._replace_degenerate = replace_degenerate
         self._max_degenerate_batches = max_degenerate_batches
-        self._lost_seconds = lost_seconds
-        self._backlog: deque[Entry] = deque()
         self._unacknowledged: list[str] = []
-        self._held: set[str] = set()
-        self._looked_at = time.monotonic()
+        self._reader = Reader(
+            scored, vocabulary=vocabulary, max_length=max_length, lost_seconds=lost_seconds
+        )
 
     @property
     def num_unacknowledged(self) -> int:
@@ -106,12 +98,22 @@ class Inbox:
         """Positions whose groups were taken for the batch that is being filled."""
         return self._batch.keys()
 
+    @property
+    def heard_at(self) -> float:
+        """When a group last came, or a wait for some began; monotonic seconds."""
+        return self._reader.heard_at
+
     async def recover(self) -> None:
-        """After a crash: what was claimed and not acknowledged comes first, in its old order."""
-        entries = await self._scored.pending(CONSUMER)
-        self._backlog.extend(entries)
-        self._held.update(entry.id for entry in entries)
-        logger.info("reads %d pending entries again", len(self._backlog))
+        """As `Reader.recover`."""
+        await self._reader.recover()
+
+    def reading_ahead(self, count: int) -> AbstractContextManager[None]:
+        """As `Reader.reading_ahead`: nothing is sorted before it is taken."""
+        return self._reader.reading_ahead(count)
+
+    async def close(self) -> None:
+        """As `Reader.close`."""
+        await self._reader.close()
 
     async def take_batch(
         self, count: int, *, policy_version: int, while_waiting: Callable[[int], Awaitable[None]]
@@ -128,19 +130,19 @@ class Inbox:
         max_replaced = self._max_degenerate_batches * count if self._replace_degenerate else 0
         batch = self._batch = {}
         ids: list[str] = []
-        self.heard_at = time.monotonic()
+        self._reader.heard_at = time.monotonic()
         while len(batch) < count:
-            entries = await self._next(count - len(batch))
-            for entry in entries:
-                group = await self._sort(entry)
+            arrivals = await self._reader.next(count - len(batch))
+            for arrival in arrivals:
+                group = await self._sort(arrival)
                 if group is None or not await self._is_trainable(
                     group, policy_version, batch, max_replaced
                 ):
-                    self._unacknowledged.append(entry.id)
+                    self._unacknowledged.append(arrival.entry.id)
                 else:
                     batch[self._ledger.position(group.rollout.prompt.uid)] = group
-                    ids.append(entry.id)
-            if not entries:
+                    ids.append(arrival.entry.id)
+            if not arrivals:
                 await while_waiting(count - len(batch))
         self._unacknowledged += ids
         self.num_replaced = self._ledger.num_replaced
@@ -151,11 +153,11 @@ class Inbox:
     async def take_evaluations(self, *, while_waiting: Callable[[int], Awaitable[None]]) -> None:
         """Take what comes until no evaluation is under way; training groups stay pending."""
         while self._evaluator.num_under_way:
-            entries = await self._next(64)
-            for entry in entries:
-                if await self._sort(entry) is None:
-                    self._unacknowledged.append(entry.id)
-            if not entries:
+            arrivals = await self._reader.next(64)
+            for arrival in arrivals:
+                if await self._sort(arrival) is None:
+                    self._unacknowledged.append(arrival.entry.id)
+            if not arrivals:
                 await while_waiting(0)
 
     async def acknowledge(self, count: int | None = None) -> None:
@@ -166,41 +168,14 @@ class Inbox:
         """
         contained = self._unacknowledged[:count]
         await self._scored.acknowledge(contained)
-        self._held.difference_update(contained)
+        self._reader.forget(contained)
         del self._unacknowledged[: len(contained)]
 
-    async def _next(self, count: int) -> list[Entry]:
-        if self._backlog:
-            return [self._backlog.popleft() for _ in range(min(count, len(self._backlog)))]
-        entries = await self._find_lost(count) or await self._scored.claim(
-            CONSUMER, count=count, wait_seconds=CLAIM_WAIT_SECONDS
-        )
-        self._held.update(entry.id for entry in entries)
-        if entries:
-            self.heard_at = time.monotonic()
-        return entries
-
-    async def _find_lost(self, count: int) -> list[Entry]:
-        """Now and then, also while others keep coming: a group keeps its place in the admission
-        until it is found, and ages."""
-        if time.monotonic() - self._looked_at < self._lost_seconds / 3:
-            return []
-        self._looked_at = time.monotonic()
-        return await self._scored.reclaim(
-            CONSUMER,
-            idle_seconds=self._lost_seconds,
-            alive={CONSUMER},
-            count=count,
-            held=self._held,
-        )
-
-    async def _sort(self, entry: Entry) -> ScoredGroup | None:
-        """The training group in `entry`; what else it may be is dealt with here."""
-        try:
-            group = decode_scored_group(entry.payload)
-            check_fits(group, vocabulary=self._vocabulary, max_length=self._max_length)
-        except StreamError as error:
-            await self._bury(entry, error)
+    async def _sort(self, arrival: Arrival) -> ScoredGroup | None:
+        """The training group that came; what else it may be is dealt with here."""
+        group = arrival.content
+        if isinstance(group, StreamError):
+            await self._bury(arrival.entry, group)
             return None
         if group.rollout.prompt.purpose is Purpose.TRAIN:
             return group
@@ -281,26 +256,6 @@ class Inbox:
     async def _bury(self, entry: Entry, error: StreamError) -> None:
         LEARNER_DROPPED.labels(reason="malformed").inc()
         await bury(entry, self._scored, self._dead_letter, error=str(error))
-
-
-def check_fits(group: ScoredGroup, *, vocabulary: int, max_length: int) -> None:
-    """Whether the model can take the group; what it cannot would end the learner, or its step.
-
-    Raises:
-        StreamError: a token id that the model does not have, a trajectory that is too long, or a
-            log-prob that is not finite.
-    """
-    prompt = group.rollout.prompt.prompt_token_ids
-    for completion in group.rollout.completions:
-        largest = max(max(prompt), max(completion.token_ids))
-        if largest >= vocabulary:
-            raise StreamError(f"token id {largest}: the model has {vocabulary}")
-        length = len(prompt) + len(completion.token_ids)
-        if length > max_length:
-            raise StreamError(f"a trajectory of {length} tokens: the model takes {max_length}")
-        # Sums of finite float32 do not overflow; one that is not finite stays in the sum.
-        if not math.isfinite(sum(completion.behaviour_logprobs)):
-            raise StreamError("a behaviour log-prob is not finite")
 
 
 def trace_end(

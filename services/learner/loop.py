@@ -3,6 +3,7 @@
     fill     put prompt groups on `prompts`, as far as admission allows
     take     wait for a batch of scored groups, none staler than the bound
     train    advantage, loss, entropy control, optimiser step           -> policy version v + 1
+             meanwhile the next groups are claimed and decoded
     publish  bring v + 1 to every replica while their generations stay in flight
     record   a row of metrics.jsonl and one of ledger.jsonl; the same values on /metrics
     evaluate, checkpoint   when due; a checkpoint acknowledges what it contains
@@ -45,7 +46,8 @@ from services.learner.telemetry import (
 )
 from shared.config import RunConfig
 from shared.errors import CheckpointError, StreamError
-from shared.metrics import LEARNER_PHASE, LearnerGauges
+from shared.metrics.learner import LEARNER_PHASE
+from shared.metrics.quantities import LearnerGauges
 from shared.records import ScoredGroup
 from shared.redis_stream import Streams
 
@@ -68,7 +70,7 @@ class TrainingEngine(Protocol):
 
 @dataclass(slots=True, kw_only=True)
 class Learner:
-    """The parts of a run, wired by `services.learner.__main__`, and the loop over them."""
+    """The parts of a run, wired by `services.learner.wiring`, and the loop over them."""
 
     config: RunConfig
     run_folder: Path
@@ -156,7 +158,10 @@ class Learner:
                     num_groups, policy_version=before, while_waiting=self._wait_for_groups
                 )
         began = time.time()
-        with self._phase("forward_backward", f"trains step {step}"):
+        with (
+            self._phase("forward_backward", f"trains step {step}"),
+            self.inbox.reading_ahead(num_groups),
+        ):
             report: StepReport = await self.on_engine(
                 lambda: self.engine.train(batch, step=step, policy_version=before)
             )

@@ -46,7 +46,8 @@ class Adapters:
             import peft
         except ImportError:
             raise ConfigError(
-                f"{KEY}: needs peft, which is not installed; pip install 'isentrope[lora]'"
+                f"{KEY}: needs peft, which cannot be imported; start with PYTHONPATH=.venv/lora,"
+                " where `make setup` puts it, or pip install 'isentrope[lora]'"
             ) from None
         wanted = peft.LoraConfig(
             r=lora.rank,

@@ -45,7 +45,7 @@ class TokenInputs:
     Attributes:
         proximal_logprobs, proximal_entropy: of the learner's weights at the batch's start.
         staleness: int64, of the version that sampled the token.
-        keys: int64, from `token_keys`.
+        keys: int64, from `token_keys`; None where the loss selects no tokens.
         reference_logprobs: of the frozen reference model; None without one.
     """
 
@@ -55,12 +55,12 @@ class TokenInputs:
     proximal_logprobs: Tensor
     proximal_entropy: Tensor
     staleness: Tensor
-    keys: Tensor
+    keys: Tensor | None
     reference_logprobs: Tensor | None = None
 
     def rows(self, rows: list[int], width: int) -> TokenInputs:
         """The given rows, cut to their first `width` tokens."""
-        reference = self.reference_logprobs
+        keys, reference = self.keys, self.reference_logprobs
         return TokenInputs(
             self.mask[rows, :width],
             self.advantages[rows, :width],
@@ -68,7 +68,7 @@ class TokenInputs:
             self.proximal_logprobs[rows, :width],
             self.proximal_entropy[rows, :width],
             self.staleness[rows, :width],
-            self.keys[rows, :width],
+            None if keys is None else keys[rows, :width],
             None if reference is None else reference[rows, :width],
         )
 

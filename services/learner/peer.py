@@ -17,7 +17,7 @@ from protos import rollout_pb2_grpc as pb_grpc
 from shared.broadcast import BroadcastGroup
 from shared.errors import PeerError
 from shared.lease import Member
-from shared.metrics import WEIGHT_SYNC_OPERATIONS
+from shared.metrics.weights import WEIGHT_SYNC_OPERATIONS
 from shared.rpc import call
 
 logger = logging.getLogger(__name__)

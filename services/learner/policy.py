@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
 from services.learner.balance import PassCost
+from services.learner.batch import MicroBatch
 from services.learner.lora import Adapters
 from services.learner.packing import PACKED, Packing
 from shared.config.services import LoraConfig
@@ -32,9 +33,10 @@ class FusedHead(nn.Module):
     while this forward (and its recomputation in the backward pass) runs, and at no other time.
     """
 
-    def __init__(self, chunk: int) -> None:
+    def __init__(self, chunk: int, product_dtype: torch.dtype | None) -> None:
         super().__init__()
         self._chunk = chunk
+        self._product_dtype = product_dtype
 
     def forward(
         self,
@@ -54,6 +56,7 @@ class FusedHead(nn.Module):
             clamp_p=clamp_p,
             chunk=self._chunk,
             with_mean_pull=with_mean_pull,
+            product_dtype=self._product_dtype,
         )
         return tuple(each for each in statistics if each is not None)
 
@@ -64,17 +67,18 @@ class Policy(nn.Module):
     Parameters are named `model.<Hugging Face name>`; a tied head is the embedding itself.
     """
 
-    def __init__(self, model: Any, *, chunk: int) -> None:
+    def __init__(self, model: Any, *, chunk: int, product_dtype: torch.dtype | None = None) -> None:
         """Wrap a causal language model.
 
         Args:
             chunk: tokens whose logits exist at a time.
+            product_dtype: of the products with the head's weight; that of the model if None.
         Raises:
             ConfigError: the model does more to its logits than a product with a weight.
         """
         super().__init__()
         self.model = model
-        self.head = FusedHead(chunk)
+        self.head = FusedHead(chunk, product_dtype)
         # In a tuple, because as an attribute it would be registered as a parameter twice; and
         # not looked up in forward, where ZeRO-3 gathers every parameter that is looked at.
         self._head_weight = (_head_weight(model),)
@@ -87,8 +91,15 @@ class Policy(nn.Module):
         self.eval()
 
     @classmethod
-    def load(cls, path: str, *, dtype: torch.dtype, chunk: int) -> Policy:
-        """From a local folder or a hub name.
+    def load(
+        cls,
+        path: str,
+        *,
+        dtype: torch.dtype,
+        chunk: int,
+        product_dtype: torch.dtype | None = None,
+    ) -> Policy:
+        """From a local folder or a hub name; the rest as the constructor.
 
         Raises:
             StartError: there is no such model, or it cannot be read.
@@ -101,7 +112,7 @@ class Policy(nn.Module):
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise StartError(f"model.path = {path}: cannot be loaded ({reason})") from None
-        return cls(model, chunk=chunk)
+        return cls(model, chunk=chunk, product_dtype=product_dtype)
 
     def add_adapters(self, lora: LoraConfig, *, seed: int) -> None:
         """Train adapters instead of the weights, and keep only them in a state dict.
@@ -199,7 +210,7 @@ class Policy(nn.Module):
     ) -> tuple[Tensor, ...]:
         """The fields of TokenStatistics that are there, in their order, each [N].
 
-        A plain tuple, because DeepSpeed looks for the tensors in it; `statistics` names them.
+        A plain tuple, because DeepSpeed looks for the tensors in it; `read_statistics` names them.
 
         Args:
             input_ids: [T], sequences one after another.
@@ -233,16 +244,26 @@ class Policy(nn.Module):
         return rows.flatten(0, 1).index_select(0, places)
 
 
-def statistics(outputs: Sequence[Tensor], *, is_clamped: bool) -> TokenStatistics:
-    """The outputs of `Policy.forward` by name.
-
-    Args:
-        is_clamped: whether there was a clamp_p.
-    """
-    logprob, entropy, *rest = outputs
-    clamped, removed = rest[:2] if is_clamped else (None, None)
-    pull = rest[2 * is_clamped :]
-    return TokenStatistics(logprob, entropy, clamped, removed, pull[0] if pull else None)
+def read_statistics(
+    policy: Callable[..., Sequence[Tensor]],
+    micro_batch: MicroBatch,
+    *,
+    temperature: float,
+    clamp_p: float | None = None,
+    with_mean_pull: bool = False,
+) -> TokenStatistics:
+    """Of a micro-batch's tokens, [N] each, by a `Policy` or what wraps one."""
+    logprob, entropy, *rest = policy(
+        micro_batch.input_ids,
+        micro_batch.packing,
+        micro_batch.predictors,
+        micro_batch.targets,
+        temperature=temperature,
+        clamp_p=clamp_p,
+        with_mean_pull=with_mean_pull,
+    )
+    clamped, removed = (None, None) if clamp_p is None else (rest.pop(0), rest.pop(0))
+    return TokenStatistics(logprob, entropy, clamped, removed, rest[0] if rest else None)
 
 
 def export_policy(policy: Policy, weights: Mapping[str, Tensor], source: str, folder: Path) -> None:

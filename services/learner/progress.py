@@ -11,7 +11,7 @@ from pathlib import Path
 
 from services.learner.culprit import Awaited
 from shared.activity import Report
-from shared.metrics import LEARNER_LAST_STEP
+from shared.metrics.learner import LEARNER_LAST_STEP
 
 PAUSED = "is paused on request"
 

@@ -34,8 +34,8 @@ from shared.broadcast import BroadcastGroup
 from shared.buckets import Manifest, StagedWeights
 from shared.errors import PeerError
 from shared.lease import Registry
-from shared.metrics import (
-    LEARNER_VERSION,
+from shared.metrics.learner import LEARNER_VERSION
+from shared.metrics.weights import (
     WEIGHT_SYNC_BYTES,
     WEIGHT_SYNC_LAST_SUCCESS,
     WEIGHT_SYNC_RETRIES,

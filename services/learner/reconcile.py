@@ -25,7 +25,7 @@ from services.learner.feeder import Feeder
 from services.learner.inbox import Inbox
 from services.learner.labels import read_label
 from services.learner.ledger import Ledger
-from shared.metrics import LEARNER_ABANDONED
+from shared.metrics.learner import LEARNER_ABANDONED
 from shared.records import GroupUid, Purpose
 from shared.stream import Stream
 

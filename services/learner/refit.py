@@ -16,7 +16,11 @@ from services.learner.peer import CANARY, Peer
 from shared.buckets import Manifest, StagedWeights
 from shared.codec import pack_token_ids, unpack_logprobs
 from shared.errors import PeerError
-from shared.metrics import WEIGHT_SYNC_OPERATIONS, WEIGHT_SYNC_PAUSE, WEIGHT_SYNC_SECONDS
+from shared.metrics.weights import (
+    WEIGHT_SYNC_OPERATIONS,
+    WEIGHT_SYNC_PAUSE,
+    WEIGHT_SYNC_SECONDS,
+)
 from shared.weight_stream import WeightSource
 
 

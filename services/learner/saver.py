@@ -26,7 +26,7 @@ from services.learner.progress import Progress
 from services.learner.publisher import OnEngine
 from shared.config.services import CheckpointConfig
 from shared.errors import CheckpointError
-from shared.metrics import LEARNER_CHECKPOINT_SECONDS, LEARNER_CHECKPOINTS
+from shared.metrics.learner import LEARNER_CHECKPOINT_SECONDS, LEARNER_CHECKPOINTS
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,10 @@ import copy
 import json
 import logging
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import IO, Any, BinaryIO, Self, cast
 
 import torch
@@ -25,13 +26,16 @@ from torch import Tensor
 
 from services.learner.checkpoint import Fingerprint, sync
 from services.learner.parts import write_parts
-from services.learner.ranks import Ranks
+from services.learner.ranks import COLLECTIVE_TIMEOUT, Ranks
 from shared.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
 Files = dict[str, Any]
 """What each file will hold, by its name below the engine's folder."""
+
+WRITING_TIMEOUT = 2 * COLLECTIVE_TIMEOUT
+"""Bounds a rank's part of a checkpoint: the wait for rank 0's word, and for the slowest disk."""
 
 
 class HostFiles:
@@ -148,6 +152,32 @@ class Snapshot:
             reason = str(error)
         outcome = json.dumps([written, reason]).encode()
         return [json.loads(each) for each in self._ranks.gather_writers(outcome)]
+
+
+class Writing:
+    """The thread in which a rank other than 0 writes, one checkpoint at a time."""
+
+    def __init__(self) -> None:
+        self._thread: Thread | None = None
+
+    def begin(self, follow: Callable[[], None]) -> None:
+        """Let a snapshot follow rank 0, beside the training."""
+        # A disk that hangs must not keep the process from ending.
+        self._thread = Thread(target=follow, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def end(self, *, seconds: float = WRITING_TIMEOUT.total_seconds()) -> None:
+        """Wait until it has followed.
+
+        Raises:
+            EngineError: it has not after so many seconds.
+        """
+        if self._thread is None:
+            return
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            raise EngineError(f"a checkpoint is not written after {seconds:.0f} s: the disk hangs")
+        self._thread = None
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 from services.learner.inbox import group_staleness
 from services.learner.measures import StepReport
-from shared.metrics import (
+from shared.metrics.learner import (
     LEARNER_AGE,
     LEARNER_DEGENERATE,
     LEARNER_INTERVENED,
@@ -21,6 +21,8 @@ from shared.metrics import (
     LEARNER_TOKENS,
     LEARNER_TOKENS_BY_LAG,
     LEARNER_UNREWARDED,
+)
+from shared.metrics.queues import (
     QUEUE_BYTES,
     QUEUE_CAPACITY,
     QUEUE_CAPACITY_BYTES,

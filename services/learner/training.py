@@ -1,7 +1,8 @@
 """One training step, from scored groups to moved weights and measured quantities.
 
 1. Measure: a pass without gradient over the batch gives proximal log-probs and entropies, and
-   one of the reference model its log-probs where the loss needs them.
+   one of the reference model its log-probs where the loss needs them. Micro-batches are packed
+   in a thread beside it, the next ones while it passes over the first.
 2. For each optimiser mini-batch: choose tokens over all ranks, accumulate the gradient of its
    micro-batches, take the optimiser step.
 3. Share the values per token, let the entropy controller move, report. Now and then measure once
@@ -16,11 +17,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from services.learner.advantages import shape_advantages
+from services.learner.ahead import made_ahead
 from services.learner.balance import Plan
 from services.learner.batch import (
     Batch,
@@ -94,15 +98,16 @@ class Trainer:
         if not batch.rows:
             return self._report(batch, None, [])
         plans = tuple(self._plan(batch, rows) for rows in batch.minibatches)
-        micro_batches = tuple(self._mine(batch, plan) for plan in plans)
+        mine = [rows for plan in plans for rows in plan[self._ranks.rank]]
         compares = self._compares_entropy(step)
-        every = [each for minibatch in micro_batches for each in minibatch]
-        before = self._passes.before(every, batch.mask.shape, with_mean_pull=compares)
+        with made_ahead(partial(self._collate, batch), mine, name="packing") as every:
+            before = self._passes.before(every, batch.mask.shape, with_mean_pull=compares)
+        ends = accumulate((len(plan[self._ranks.rank]) for plan in plans), initial=0)
         state = _Step(
             number=step,
             batch=batch,
             plans=plans,
-            micro_batches=micro_batches,
+            micro_batches=tuple(tuple(every[start:end]) for start, end in pairwise(ends)),
             inputs=self._inputs(batch, every, before, step),
             table=TokenTable(DURING, batch.mask.shape, self._ranks),
         )
@@ -131,9 +136,8 @@ class Trainer:
             cost=self._model.cost,
         )
 
-    def _mine(self, batch: Batch, plan: Plan) -> tuple[MicroBatch, ...]:
-        mine = plan[self._ranks.rank]
-        return tuple(collate(batch, rows).to(self._ranks.device) for rows in mine)
+    def _collate(self, batch: Batch, rows: Sequence[int]) -> MicroBatch:
+        return collate(batch, rows).to(self._ranks.device)
 
     def _inputs(
         self,
@@ -162,9 +166,14 @@ class Trainer:
             proximal_logprobs=logprobs,
             proximal_entropy=before["entropy"],
             staleness=sampled["staleness"].long(),
-            keys=selection_keys(batch, seed=self._config.run.seed, step=step).to(device),
+            keys=self._keys(batch, step),
             reference_logprobs=reference,
         )
+
+    def _keys(self, batch: Batch, step: int) -> Tensor | None:
+        if not self._objective.selects:
+            return None
+        return selection_keys(batch, seed=self._config.run.seed, step=step).to(self._ranks.device)
 
     def _sampled(self, batch: Batch, micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
         """Whole on every rank, [R, C], from what each has of its own rows."""

@@ -28,7 +28,7 @@ from services.learner.progress import Progress
 from services.learner.publisher import Publisher
 from shared.errors import StreamError
 from shared.lease import Registry
-from shared.metrics import LEARNER_STALLED
+from shared.metrics.learner import LEARNER_STALLED
 from shared.redis_stream import Streams
 from shared.rpc import RpcServer
 from shared.watchdog import ProgressHealth, Stall, beside

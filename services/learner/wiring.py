@@ -23,11 +23,11 @@ from services.learner.refit import Refitter
 from shared.config import RunConfig
 from shared.device import find_device
 from shared.lease import Registry
-from shared.metrics import learner_gauges
+from shared.metrics.learner import learner_gauges
 from shared.process import ServiceArguments
 from shared.redis_stream import Streams
 from shared.tasks.registry import load_task
-from shared.tasks.task import Problem
+from shared.tasks.task import Problem, Task
 from shared.tokenizer import Tokenizer
 
 CANARY_TOKENS = 32
@@ -43,9 +43,44 @@ def wire_learner(
     """The loop of rank 0, with everything that it works on."""
     config = given.config
     task = load_task(config.task.name, config.task.params)
-    problems = task.problems("train")
     tokenizer = Tokenizer(config.model_path, use_chat_template=config.model.use_chat_template)
-    registry = Registry(streams.client, prefix=streams.prefix, patience=streams.patience)
+    ledger, feeder, evaluator = _supply(given, streams, task, tokenizer)
+    inbox, reconciler = intake(
+        config,
+        streams,
+        ledger,
+        feeder,
+        evaluator,
+        vocabulary=_vocabulary(config.model_path),
+        on_evaluated=lambda metrics: learner.on_evaluated(metrics),
+    )
+    canary = _canary(task.problems("train"), tokenizer, max_length=config.model.max_length)
+    learner = Learner(
+        config=config,
+        run_folder=given.run_folder,
+        streams=streams,
+        ledger=ledger,
+        feeder=feeder,
+        inbox=inbox,
+        reconciler=reconciler,
+        evaluator=evaluator,
+        law=LawFit(config.law),
+        publisher=_publisher(given, streams, engine, on_engine, canary),
+        engine=engine,
+        on_engine=on_engine,
+        journal=Journal(given.run_folder / "metrics.jsonl"),
+        history=Journal(given.run_folder / "ledger.jsonl"),
+        gauges=learner_gauges(),
+        progress=progress,
+    )
+    return learner
+
+
+def _supply(
+    given: ServiceArguments, streams: Streams, task: Task, tokenizer: Tokenizer
+) -> tuple[Ledger, Feeder, Evaluator]:
+    """What issues prompts, and what keeps the account of them."""
+    config, problems = given.config, task.problems("train")
     ledger = Ledger(run_id=given.run_id, num_problems=len(problems), seed=config.run.seed)
     feeder = Feeder(
         config=config,
@@ -61,43 +96,10 @@ def wire_learner(
         problems=task.problems("eval"),
         tokenizer=tokenizer,
     )
-    inbox, reconciler = _intake(
-        config,
-        streams,
-        ledger,
-        feeder,
-        evaluator,
-        vocabulary=_vocabulary(config.model_path),
-        on_evaluated=lambda metrics: learner.on_evaluated(metrics),
-    )
-    learner = Learner(
-        config=config,
-        run_folder=given.run_folder,
-        streams=streams,
-        ledger=ledger,
-        feeder=feeder,
-        inbox=inbox,
-        reconciler=reconciler,
-        evaluator=evaluator,
-        law=LawFit(config.law),
-        publisher=_publisher(
-            given,
-            registry,
-            engine,
-            on_engine,
-            _canary(problems, tokenizer, max_length=config.model.max_length),
-        ),
-        engine=engine,
-        on_engine=on_engine,
-        journal=Journal(given.run_folder / "metrics.jsonl"),
-        history=Journal(given.run_folder / "ledger.jsonl"),
-        gauges=learner_gauges(),
-        progress=progress,
-    )
-    return learner
+    return ledger, feeder, evaluator
 
 
-def _intake(
+def intake(
     config: RunConfig,
     streams: Streams,
     ledger: Ledger,
@@ -137,12 +139,13 @@ def _intake(
 
 def _publisher(
     given: ServiceArguments,
-    registry: Registry,
+    streams: Streams,
     engine: LearnerEngine,
     on_engine: OnEngine,
     canary_token_ids: array[int],
 ) -> Publisher:
     weights, backend = given.config.weights, _backend(given.config)
+    registry = Registry(streams.client, prefix=streams.prefix, patience=streams.patience)
     fleet = Fleet(
         registry,
         host=given.host,

@@ -1,4 +1,4 @@
-"""The policy on DeepSpeed; one of the two files that import it.
+"""The policy on DeepSpeed; `services.learner.reshape` alone imports it besides.
 
 DeepSpeed is imported where it is used: `DS_ACCELERATOR` must be decided before.
 """
@@ -22,7 +22,7 @@ from services.learner.balance import PassCost
 from services.learner.batch import MicroBatch, collate_sequences
 from services.learner.parts import UNREADABLE, unreadable
 from services.learner.passes import OptimizerStep
-from services.learner.policy import Policy, statistics
+from services.learner.policy import Policy, read_statistics
 from services.learner.ranks import Ranks
 from services.learner.reshape import UNIVERSAL_TAG
 from services.learner.snapshot import Files, HostFiles
@@ -105,16 +105,13 @@ class ZeroModel:
         with_mean_pull: bool = False,
     ) -> TokenStatistics:
         """Statistics of the tokens, [N] each."""
-        outputs = self._engine(
-            micro_batch.input_ids,
-            micro_batch.packing,
-            micro_batch.predictors,
-            micro_batch.targets,
+        return read_statistics(
+            self._engine,
+            micro_batch,
             temperature=temperature,
             clamp_p=clamp_p,
             with_mean_pull=with_mean_pull,
         )
-        return statistics(outputs, is_clamped=clamp_p is not None)
 
     def reference_logprobs(self, micro_batch: MicroBatch, *, temperature: float) -> Tensor:
         """Log-probs [N] under the reference model, which with adapters is the one without."""
@@ -122,14 +119,7 @@ class ZeroModel:
             with torch.no_grad(), self._policy.adapters.off():
                 return self.forward(micro_batch, temperature=temperature).logprob
         assert self._reference is not None, "there is no reference model"
-        outputs: tuple[Tensor, ...] = self._reference(
-            micro_batch.input_ids,
-            micro_batch.packing,
-            micro_batch.predictors,
-            micro_batch.targets,
-            temperature=temperature,
-        )
-        return outputs[0]
+        return read_statistics(self._reference, micro_batch, temperature=temperature).logprob
 
     def accumulate(self, loss: Tensor, *, is_last: bool) -> None:
         """Add a gradient; ZeRO-2 and 3 exchange it at once, the others with the last."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import zlib
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from typing import Protocol
 
 from protos import rollout_pb2_grpc as pb_grpc
@@ -17,19 +16,17 @@ from services.rollout.replica import Event, Replica
 from services.rollout.sampler import Sampler
 from services.rollout.service import SERVICE, RolloutServicer, UpdatableEngine
 from services.rollout.vllm_launch import EngineSettings
-from shared import tracing
 from shared.config import RunConfig
 from shared.device import find_device
 from shared.errors import EngineError
 from shared.lease import Registry
-from shared.metrics import describe_process, serve_metrics
 from shared.metrics_server import Ask
+from shared.presence import connected, present, show_metrics
 from shared.process import ServiceArguments
 from shared.redis_connection import check_server
 from shared.redis_partials import RedisPartials
-from shared.redis_stream import Streams, open_streams
-from shared.rpc import serve
-from shared.stage import adopt_orphans
+from shared.redis_stream import Streams
+from shared.stage import adopting_orphans
 from shared.stream import PROMPTS
 from shared.tokenizer import Tokenizer
 from shared.watchdog import watched
@@ -74,28 +71,8 @@ async def serve_engine(
     stop_token_ids: tuple[int, ...],
 ) -> None:
     """What a process does with the engine that it loaded: metrics, streams, one replica."""
-    config, redis = given.config, given.config.redis
-    describe_process(
-        run_id=given.run_id, model=config.model_path, algorithm=config.policy_loss.loss_mode
-    )
-    metrics = serve_metrics(
-        host=config.network.host,
-        port=config.network.metrics_port,
-        tls=given.tls,
-        token_file=given.environment.metrics_token_file,
-    )
-    async with (
-        tracing.exporting(
-            given.environment.traces_endpoint, role="rollout", name=given.name, run_id=given.run_id
-        ),
-        open_streams(
-            given.redis_url,
-            run_id=given.run_id,
-            prompts=redis.prompt_bounds,
-            groups=redis.group_bounds,
-            timeout_seconds=config.network.call_timeout_seconds,
-        ) as streams,
-    ):
+    metrics = show_metrics(given)
+    async with connected(given, "rollout") as streams:
         await run_replica(
             given,
             stop,
@@ -127,43 +104,38 @@ async def run_replica(
         EngineError: the engine ended.
         StreamError: another process took this replica's name.
     """
-    network, stall_seconds = given.config.network, given.config.watchdog.stall_seconds
+    config = given.config
     sampler = _sampler(given, engine, streams, replica, stop_token_ids)
     servicer = RolloutServicer(
         name=given.name,
         engine=engine,
         replica=replica,
         sampler=sampler,
-        max_length=given.config.model.max_length,
+        max_length=config.model.max_length,
         tls_folder=None if given.tls is None else str(given.tls.folder),
     )
     registry = Registry(streams.client, prefix=streams.prefix)
     # Before the lease: the learner calls whoever holds one.
     await replica.handle(Event.READY)
     async with (
-        serve(
-            host=network.host,
-            port=network.rollout_port,
-            port_key="network.rollout_port",
-            services=[SERVICE],
-            add=lambda server: pb_grpc.add_RolloutServicer_to_server(servicer, server),
-            tls=given.tls,
-        ) as server,
-        registry.hold(
+        present(
+            given,
             "rollout",
-            given.name,
-            address=f"{given.host}:{server.port}",
+            name=given.name,
+            service=SERVICE,
+            port=config.network.rollout_port,
+            add=lambda server: pb_grpc.add_RolloutServicer_to_server(servicer, server),
+            registry=registry,
             metrics_address=metrics_address,
-            seconds=network.lease_seconds,
-        ) as lease,
-        watched(sampler.report, server, "rollout", stall_seconds=stall_seconds),
+            answer_health=answer_health,
+        ) as (server, lease),
+        watched(sampler.report, server, "rollout", stall_seconds=config.watchdog.stall_seconds),
+        adopting_orphans(
+            sampler.adopt, registry, "rollout", idle_seconds=config.redis.reclaim_seconds
+        ),
     ):
-        if answer_health is not None:
-            answer_health(server.is_healthy)
-        await server.set_serving(True)
         logger.info("replica %s listens on port %d", given.name, server.port)
-        async with _sampling(given, sampler, registry) as sampling:
-            await _until_the_end(stop, replica, engine, sampling, lease)
+        await _until_the_end(sampler, stop, replica, engine, lease)
     await replica.handle(Event.FINISHED)
 
 
@@ -205,37 +177,20 @@ def _concurrency(config: RunConfig, engine: ReplicaEngine) -> Concurrency:
     return Concurrency(initial=fitting, maximum=rollout.max_concurrent_groups)
 
 
-@asynccontextmanager
-async def _sampling(
-    given: ServiceArguments, sampler: Sampler, registry: Registry
-) -> AsyncIterator[asyncio.Task[None]]:
-    """The sampler at work, and beside it what looks for groups of replicas that died."""
-    idle_seconds = given.config.redis.reclaim_seconds
-    sampling = asyncio.create_task(sampler.run(), name="sampler")
-    adopting = asyncio.create_task(
-        adopt_orphans(sampler.adopt, registry, "rollout", idle_seconds=idle_seconds),
-        name="adopter",
-    )
-    try:
-        yield sampling
-    finally:
-        adopting.cancel()
-        sampling.cancel()
-
-
 async def _until_the_end(
+    sampler: Sampler,
     stop: asyncio.Event,
     replica: Replica,
     engine: ReplicaEngine,
-    sampling: asyncio.Task[None],
     lease: asyncio.Task[None],
 ) -> None:
-    """Wait for the order to stop, then for the groups in flight; or for what must not happen.
+    """Sample until the order to stop, then until the groups in flight are through.
 
     Raises:
         EngineError: the engine's process ended.
         StreamError: another process took this replica's name.
     """
+    sampling = asyncio.create_task(sampler.run(), name="sampler")
     stopping = asyncio.create_task(stop.wait())
     death = asyncio.create_task(engine.wait_until_dead())
     try:
@@ -252,6 +207,7 @@ async def _until_the_end(
             if task.done():
                 task.result()
     finally:
+        sampling.cancel()
         stopping.cancel()
         death.cancel()
 

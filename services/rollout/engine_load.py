@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from services.rollout.concurrency import EngineLoad
-from shared.metrics import ROLLOUT_KV_CACHE, ROLLOUT_PREEMPTIONS, ROLLOUT_WAITING
+from shared.metrics.rollout import ROLLOUT_KV_CACHE, ROLLOUT_PREEMPTIONS, ROLLOUT_WAITING
 
 PAUSE_SECONDS = 1.0
 """Steps further apart than this were paused for: a swap of weights makes no queue."""

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from services.rollout.draft import GroupDraft
 from services.rollout.replica import Replica
 from shared.errors import StreamError
-from shared.metrics import ROLLOUT_SAVED_TOKENS
+from shared.metrics.rollout import ROLLOUT_SAVED_TOKENS
 from shared.partials import Partials
 from shared.rl.staleness import staleness
 from shared.stream import Entry

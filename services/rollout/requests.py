@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 from services.rollout.concurrency import EngineLoad
 from services.rollout.draft import Draft, GroupDraft
 from shared.errors import EngineError
-from shared.metrics import ROLLOUT_IN_FLIGHT, ROLLOUT_RESUMED_TOKENS
+from shared.metrics.rollout import ROLLOUT_IN_FLIGHT, ROLLOUT_RESUMED_TOKENS
 from shared.records import Completion
 
 T = TypeVar("T")

@@ -24,7 +24,7 @@ from shared import tracing
 from shared.activity import Phase, Report
 from shared.codec import decode_prompt_group, encode_rollout_group
 from shared.errors import EngineError, StreamError
-from shared.metrics import (
+from shared.metrics.rollout import (
     ROLLOUT_CONCURRENCY,
     ROLLOUT_CONCURRENCY_CHANGES,
     ROLLOUT_IDLE,

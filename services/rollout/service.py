@@ -20,8 +20,8 @@ from shared.broadcast import GroupSpec
 from shared.buckets import Manifest
 from shared.codec import completion_message, pack_logprobs, unpack_token_ids
 from shared.errors import BroadcastError, EngineError, StreamError
-from shared.metrics import (
-    ROLLOUT_VERSION,
+from shared.metrics.rollout import ROLLOUT_VERSION
+from shared.metrics.weights import (
     WEIGHT_SYNC_BYTES,
     WEIGHT_SYNC_OPERATIONS,
     WEIGHT_SYNC_PAUSE,

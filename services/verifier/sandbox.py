@@ -27,7 +27,7 @@ from typing import Any, Self
 from services.verifier.scorer import OUT_OF_MEMORY_EXIT_CODE, one_line
 from shared.config.services import TaskConfig, VerifierConfig
 from shared.errors import StartError
-from shared.metrics import VERIFIER_RESULTS, VERIFIER_SECONDS
+from shared.metrics.verifier import VERIFIER_RESULTS, VERIFIER_SECONDS
 from shared.records import Outcome, Score
 
 logger = logging.getLogger(__name__)

@@ -285,6 +285,11 @@ class LearnerConfig(Section):
     pass; those of the other tokens are computed twice. A logit takes 4 bytes: of a vocabulary of
     151,936, 384 tokens take 223 MiB. Fewer than 256 make the products slower."""
 
+    head_dtype: Literal["model", "float32"] = "model"
+    """Of the products with the output embedding. `float32` spares a bfloat16 model the rounding of
+    its logits, for slower products; let vLLM sample in the same way, by `"head_dtype": "float32"`
+    in the model's config.json. A float32 model has it in any case."""
+
     threads: Count = 1
     """CPU threads of one rank."""
 

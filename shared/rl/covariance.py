@@ -228,15 +228,16 @@ def _mask_at(indices: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _splitmix64(state: Tensor) -> Tensor:
+    # In place from here on: of a batch's tokens a copy is tens of megabytes.
     state = state + _signed64(0x9E3779B97F4A7C15)
-    state = (state ^ _shift_right(state, 30)) * _signed64(0xBF58476D1CE4E5B9)
-    state = (state ^ _shift_right(state, 27)) * _signed64(0x94D049BB133111EB)
-    return state ^ _shift_right(state, 31)
+    state.bitwise_xor_(_shift_right(state, 30)).mul_(_signed64(0xBF58476D1CE4E5B9))
+    state.bitwise_xor_(_shift_right(state, 27)).mul_(_signed64(0x94D049BB133111EB))
+    return state.bitwise_xor_(_shift_right(state, 31))
 
 
 def _shift_right(state: Tensor, bits: int) -> Tensor:
     # torch shifts int64 arithmetically; the mask removes the copies of the sign bit.
-    return (state >> bits) & ((1 << (64 - bits)) - 1)
+    return (state >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _signed64(word: int) -> int:

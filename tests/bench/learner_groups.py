@@ -89,14 +89,17 @@ def save_model(size: Size, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def random_groups(size: Size) -> list[ScoredGroup]:
-    """Random tokens of long-tailed lengths; about half of the completions pass."""
+def random_groups(size: Size, *, skew: float = 2.0) -> list[ScoredGroup]:
+    """Random tokens; about half of the completions pass.
+
+    Args:
+        skew: of the lengths: 1 is none, with 2 most are short and a few long, as in reasoning.
+    """
     draw = random.Random(0)
 
     def tokens(bounds: tuple[int, int]) -> list[int]:
         low, high = bounds
-        # Most are short, a few long, as in reasoning.
-        count = low + round((high - low) * draw.random() ** 2)
+        count = low + round((high - low) * draw.random() ** skew)
         return [draw.randrange(size.model["vocab_size"]) for _ in range(count)]
 
     return [

@@ -13,11 +13,9 @@ the machine moves them little; seconds by the clock are beside them.
 from __future__ import annotations
 
 import argparse
-import random
 import statistics
 import tempfile
 import time
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,17 +30,6 @@ from transformers.utils.logging import disable_progress_bar
 from services.learner.engine import LearnerEngine
 from services.learner.training import Trainer
 from shared.config import Environment, RunConfig
-from shared.records import (
-    Completion,
-    GroupUid,
-    Outcome,
-    PromptGroup,
-    Purpose,
-    RolloutGroup,
-    Score,
-    ScoredGroup,
-    VersionRun,
-)
 from tests.bench.benchmark import (
     RESULTS,
     Progressing,
@@ -51,6 +38,8 @@ from tests.bench.benchmark import (
     median_interval,
     write_result,
 )
+from tests.bench.learner_groups import Size as BatchSize
+from tests.bench.learner_groups import random_groups
 
 RESULT = RESULTS / "method-cost.json"
 LIBRARIES = ("torch", "deepspeed", "transformers")
@@ -79,15 +68,10 @@ OTHER_METHODS: dict[str, Document] = {
 PLAIN: Document = {"diagnostics": {"entropy_change_every_steps": 0}}
 
 
-@dataclass(frozen=True, slots=True)
-class Size:
-    """A model and a batch; `groups` of `group_size` completions, lengths drawn from the ranges."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size(BatchSize):
+    """A model and a batch."""
 
-    model: Mapping[str, Any]
-    groups: int
-    group_size: int
-    prompt_tokens: tuple[int, int]
-    completion_tokens: tuple[int, int]
     logit_chunk_tokens: int
 
     @property
@@ -199,7 +183,7 @@ class Bench:
             str(folder),
             Environment.read({}),
         )
-        self._groups = _groups(size)
+        self._groups = random_groups(size, skew=1.0)
 
     def close(self) -> None:
         self._engine.close()
@@ -235,34 +219,6 @@ def _save_model(size: Size, folder: Path) -> None:
     # Wide weights: the logits then differ as those of a trained model do.
     shape = Qwen2Config(**size.model, tie_word_embeddings=True, initializer_range=0.2)
     Qwen2ForCausalLM(shape).save_pretrained(folder)
-
-
-def _groups(size: Size) -> list[ScoredGroup]:
-    """Random tokens; about half of the completions pass."""
-    draw = random.Random(0)
-
-    def tokens(bounds: tuple[int, int]) -> array[int]:
-        count = draw.randint(*bounds)
-        return array("I", [draw.randrange(size.model["vocab_size"]) for _ in range(count)])
-
-    groups = []
-    for index in range(size.groups):
-        completions, scores = [], []
-        for _ in range(size.group_size):
-            token_ids = tokens(size.completion_tokens)
-            logprobs = array("f", [-draw.random() for _ in token_ids])
-            runs = (VersionRun(0, len(token_ids)),)
-            completions.append(Completion(token_ids, logprobs, runs, False))
-            passed = draw.random() < 0.5
-            scores.append(Score(Outcome.PASS if passed else Outcome.FAIL, float(passed), ""))
-        uid, prompt = GroupUid("bench", 0, index, 0), tokens(size.prompt_tokens)
-        limit = size.completion_tokens[1]
-        head = PromptGroup(
-            uid, Purpose.TRAIN, "bench", index, prompt, "", size.group_size, 1.0, limit, 0, 0.0
-        )
-        group = RolloutGroup(head, tuple(completions), "bench", 0.0)
-        groups.append(ScoredGroup(group, tuple(scores), "bench", 0.0))
-    return groups
 
 
 def measure(

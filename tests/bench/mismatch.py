@@ -6,9 +6,9 @@ Two models: the built-in task's after its warm-up, and one of 25 M parameters wi
 32,768, untrained but about as sure of its tokens as a trained one, with completions of 128 tokens.
 vLLM samples in float32, in bfloat16, and in bfloat16 with its output embedding in float32
 (`"head_dtype": "float32"` in the model's config.json). Then a `LearnerEngine` of either type
-scores the same tokens; and, for what the engine has no setting yet, a bfloat16 model whose products
-with the output embedding are float32. Weights are those of one folder and one version, rounded by
-whoever wants them smaller: what differs is arithmetic alone.
+scores the same tokens, as does one in bfloat16 with `learner.head_dtype = "float32"`. Weights are
+those of one folder and one version, rounded by whoever wants them smaller: what differs is
+arithmetic alone.
 
 `sampled` is what vLLM reported while it decoded, which is what training is given; `scored` what
 vLLM says of the same tokens in one pass, without a cache. Where those two differ, decoding differs
@@ -33,13 +33,11 @@ from typing import NamedTuple
 import torch
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from services.learner.engine import LearnerEngine
 from services.rollout.engine import VllmEngine
 from services.rollout.vllm_launch import EngineSettings
 from shared.config import Environment, RunConfig
-from shared.rl.entropy import fused_logprob_entropy
 from shared.rl.offpolicy import effective_sample_size, mismatch_kl
 from shared.tasks.registry import load_task
 from shared.tokenizer import Tokenizer
@@ -168,39 +166,14 @@ def _prompts(folder: str, name: str) -> tuple[list[list[int]], int, Sequence[int
 def score(folder: str, variant: str, samples: Sequence[Sample]) -> list[list[float]]:
     """Log-probs of each completion's tokens."""
     dtype, head = VARIANTS[variant]
-    if dtype != head:
-        return _score_with_head(folder, dtype, head, samples)
     document = {
         "run": WARMUP["run"],
         "model": {"path": folder, "dtype": dtype},
-        "learner": {"groups_per_batch": 1},
+        "learner": {"groups_per_batch": 1, "head_dtype": "model" if head == dtype else head},
     }
     engine = LearnerEngine.start(RunConfig.model_validate(document), folder, Environment.read({}))
     scores = [engine.score_tokens(each.token_ids)[each.prompt_length - 1 :] for each in samples]
     engine.close()
-    return scores
-
-
-def _score_with_head(
-    folder: str, dtype: str, head: str, samples: Sequence[Sample]
-) -> list[list[float]]:
-    torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-    scores = []
-    with torch.no_grad():
-        for each in samples:
-            token_ids = torch.tensor(each.token_ids)
-            hidden = model.base_model(input_ids=token_ids[None], use_cache=False)
-            start = each.prompt_length
-            statistics = fused_logprob_entropy(
-                hidden.last_hidden_state[0, start - 1 : -1],
-                model.get_output_embeddings().weight,
-                token_ids[start:],
-                temperature=1.0,
-                chunk=384,
-                product_dtype=getattr(torch, head),
-            )
-            scores.append(statistics.logprob.tolist())
     return scores
 
 

@@ -21,18 +21,18 @@ from typing import Any, Self
 from services.cli.plan.rates import Lengths
 from services.learner.evaluation import Evaluator, LawFit
 from services.learner.feeder import Feeder
-from services.learner.inbox import Inbox, group_staleness
+from services.learner.inbox import group_staleness
 from services.learner.journal import Journal
 from services.learner.ledger import Ledger
 from services.learner.loop import Learner
 from services.learner.measures import StepReport, reward_metrics
 from services.learner.progress import Progress
-from services.learner.reconcile import Reconciler
+from services.learner.wiring import intake
 from services.rollout.app import run_replica
 from services.rollout.replica import Replica
 from services.verifier.worker import Worker
 from shared.config import Environment, RunConfig, parse_run
-from shared.metrics import LearnerGauges
+from shared.metrics.quantities import LearnerGauges
 from shared.process import ServiceArguments
 from shared.records import Completion, Outcome, Score, ScoredGroup
 from shared.redis_server import embedded_redis
@@ -269,29 +269,14 @@ def _learner(
     }
     feeder = Feeder(ledger=ledger, **parts)
     evaluator = Evaluator(run_id=RUN_ID, **parts)
-    inbox = Inbox(
-        scored=streams.scored,
-        dead_letter=streams.dead_letter,
-        ledger=ledger,
-        feeder=feeder,
-        evaluator=evaluator,
-        on_evaluated=lambda metrics: None,
-        max_staleness=config.learner.max_staleness,
-        max_attempts=config.redis.max_attempts,
-        replace_degenerate=False,
-        max_degenerate_batches=1,
+    inbox, reconciler = intake(
+        config,
+        streams,
+        ledger,
+        feeder,
+        evaluator,
         vocabulary=VOCABULARY,
-        max_length=config.model.max_length,
-    )
-    reconciler = Reconciler(
-        streams=streams,
-        ledger=ledger,
-        feeder=feeder,
-        evaluator=evaluator,
-        inbox=inbox,
         on_evaluated=lambda metrics: None,
-        seconds=config.redis.reconcile_seconds,
-        max_attempts=config.redis.max_attempts,
     )
     return Learner(
         config=config,

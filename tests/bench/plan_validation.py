@@ -6,7 +6,8 @@
 One run is measured, as `isentrope plan --from` does, and every other is predicted from it alone.
 The runs of `plan_fleet` have real service code and engines of a set speed, so that only the
 simulation is judged; those of `--real` have vLLM and DeepSpeed, whose replicas and learner share
-this machine's cores, which the simulation does not know.
+this machine's cores, which the simulation does not know. Each of these replicas holds one group at
+a time, so that the learner waits, and the run tells how fast an engine is.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ name = "countdown"
 num_replicas = {num_replicas}
 group_size = 8
 max_completion_tokens = 32
-max_concurrent_groups = 2
+max_concurrent_groups = 1
 [learner]
 groups_per_batch = 32
 optimizer_steps_per_batch = 2

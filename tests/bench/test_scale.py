@@ -11,6 +11,7 @@ from tests.bench.scale_counts import Count
 from tests.bench.scale_model import Fleet, Line, Model
 from tests.bench.scale_point import LEARNER, REDIS, REPLICAS, VERIFIER, Case, Effort, Point
 from tests.bench.scale_report import draw, report
+from tests.forked import start_server
 
 PARTS = (LEARNER, REDIS, VERIFIER, REPLICAS)
 
@@ -102,6 +103,7 @@ def test_three_replicas_go_through_everything_that_is_measured() -> None:
     effort = Effort(
         publications=2, idle_seconds=0.2, newcomers=1, flow_seconds=0.2, training_batches=2
     )
+    start_server()
     point = measure(Case(3), effort)
     assert (point.num_lost, point.num_violations, point.failed_refits) == (0, 0, 0)
     assert point.num_trained > 32 * 4 and len(point.publish_seconds) == 2

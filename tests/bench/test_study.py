@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from services.learner.warmup import warm_up
 from shared.config import parse_run
 from tests.bench.entropy_study import Job, run_all, to_toml
 from tests.bench.study_arms import ARMS, CONTROLS, REGIMES, SLOW, run_document
@@ -138,13 +139,10 @@ def test_a_run_leaves_rows_that_the_report_reads_and_is_not_run_again(tmp_path: 
     model = tmp_path / parse_run(SMALL).model_path
     rows = folder / "base" / "vanilla-1.jsonl"
     rows.parent.mkdir(parents=True)
-    modules = (
-        ["services.learner.warmup", "--folder", str(model)],
-        ["tests.bench.lockstep", "--rows", str(rows), "--lag", "1", "--final-samples", "2"],
-    )
-    for module in modules:
-        command = [sys.executable, "-m", *module, "--config", str(run_file)]
-        subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=240)
+    warm_up(parse_run(SMALL), model, report=lambda progress: None)
+    module = ["tests.bench.lockstep", "--rows", str(rows), "--lag", "1", "--final-samples", "2"]
+    command = [sys.executable, "-m", *module, "--config", str(run_file)]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=240)
     steps = [json.loads(line) for line in rows.read_text().splitlines()]
     trained = [row for row in steps if "entropy" in row]
     assert [row["staleness_max"] for row in trained] == [0, 1, 1]

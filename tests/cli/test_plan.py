@@ -182,6 +182,12 @@ def test_the_roofline_is_that_of_the_data_sheet() -> None:
     assert made.verify_seconds == pytest.approx(8 * 0.05)
 
 
+def test_training_waits_for_the_copy_of_a_checkpoint_and_not_for_the_disk() -> None:
+    made = reckoned(copy_gb_per_second=5.0, storage_gb_per_second=2.0)
+    assert made.checkpoint_seconds == pytest.approx(14 * 8.0 / (5.0 * 8))
+    assert made.checkpoint_write_seconds == pytest.approx(14 * 8.0 / 2.0)
+
+
 def test_a_models_size_is_read_from_its_folder(tmp_path: Path) -> None:
     # Qwen2.5-7B, which its card says has 7.61 billion parameters.
     config = {

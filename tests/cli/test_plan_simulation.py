@@ -95,6 +95,15 @@ def test_a_verifier_that_is_slower_than_all_else_sets_the_pace() -> None:
     assert outcome.verifier_busy == pytest.approx(1.0, abs=0.03)
 
 
+def test_a_checkpoint_is_written_beside_the_steps_and_the_next_one_waits_for_its_end() -> None:
+    usual = replace(shape(max_staleness=0), checkpoint_every=10)
+    between, copied = 10 * (SAMPLE_SECONDS + 1.0), replace(rates(1.0), checkpoint_seconds=0.5)
+    fast = simulate(replace(copied, checkpoint_write_seconds=between - 0.1), usual)
+    assert fast.seconds == pytest.approx(4 * (between + 0.5))
+    slow = simulate(replace(copied, checkpoint_write_seconds=between + 2.0), usual)
+    assert slow.seconds == pytest.approx(4 * (between + 0.5) + 3 * 2.0)
+
+
 def test_checkpoints_and_evaluations_take_their_time() -> None:
     usual = replace(shape(max_staleness=0), checkpoint_every=10)
     with_pause = simulate(replace(rates(1.0), checkpoint_seconds=5.0), usual)

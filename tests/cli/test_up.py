@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from services.cli.guardian import is_running, kill_group
+from services.cli.run_folder import RunFolder
+from shared.errors import StartError
 
 pytestmark = pytest.mark.integration
 
@@ -254,10 +256,13 @@ def test_a_killed_launcher_leaves_nobody_and_the_run_can_go_on(
     (tmp_path / "run.toml").write_text(IMPATIENT)
     launcher = start({**EVERYBODY, "rollout-0": "child stubborn", "learner": ENDLESS})
     launcher.until(is_training)
-    launcher.process.kill()
-    launcher.process.wait()
     _, errors = start({}, "--resume").wait(1)
     assert "is running or still ending" in errors
+    launcher.process.kill()
+    launcher.process.wait()
+    # Not by a second launcher: on a busy machine those left might be gone before it looks.
+    with pytest.raises(StartError, match="still ending"), RunFolder(launcher.folder).lock():
+        pass
     launcher.until_nobody_is_left()
     deadline = time.monotonic() + 10
     while list(tmp_path.glob("isentrope-*")) and time.monotonic() < deadline:

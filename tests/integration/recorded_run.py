@@ -7,7 +7,6 @@ kill itself at an exact moment, which Python's audit events give without a chang
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import os
 import signal
 import sys
@@ -40,6 +39,7 @@ from shared.records import (
 )
 from shared.redis_stream import Streams, open_streams
 from shared.stream import Bounds
+from tests.forked import FORKED, redirect_output
 
 PATIENCE_SECONDS = 120.0
 POLL_SECONDS = 0.05
@@ -99,9 +99,6 @@ VOLATILE = (
 )
 """Parts of the names of metrics that are of the clock, of the process or of the evaluations."""
 
-_forked = multiprocessing.get_context("forkserver")
-_forked.set_forkserver_preload(["services.learner.app", "tests.integration.recorded_run"])
-
 
 @dataclass(frozen=True, slots=True)
 class Death:
@@ -140,7 +137,7 @@ class RecordedRun:
         )
 
     def start(self, *, resume: bool = False, death: Death | None = None) -> Any:
-        process = _forked.Process(target=_be_a_learner, args=(self, resume, death), daemon=True)
+        process = FORKED.Process(target=_be_a_learner, args=(self, resume, death), daemon=True)
         process.start()
         return process
 
@@ -287,9 +284,7 @@ def _be_a_learner(run: RecordedRun, resume: bool, death: Death | None) -> None:
     from services.learner.__main__ import main
     from shared.process import run_service
 
-    log = os.open(run.folder / "learner.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for descriptor in (1, 2):
-        os.dup2(log, descriptor)
+    redirect_output(run.folder / "learner.log")
     os.environ["REDIS_URL"] = run.redis_url
     if death is not None:
         _arrange(death)

@@ -9,7 +9,6 @@ in order; with many, the order is that of one of their possible races.
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from redis.asyncio import Redis
 from services.learner.warmup import warm_up
 from shared.config import parse_run
 from tests.chaos.proxy import Proxy
+from tests.integration.rank_processes import free_port
 from tests.integration.recorded_run import (
     GROUPS_PER_BATCH,
     NUM_STEPS,
@@ -195,8 +195,7 @@ async def test_a_run_goes_on_with_a_standby_that_had_fallen_behind(
 
 async def replicate_once(primary: Server, standby: Server) -> None:
     """The standby has all that the primary has now, and follows it no longer."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     async with Redis.from_url(primary.url) as at_primary, Redis.from_url(standby.url) as at_standby:
         await at_primary.config_set("bind", "127.0.0.1")
         await at_primary.config_set("port", port)

@@ -1,16 +1,9 @@
-"""The learner's engine on real DeepSpeed: every ZeRO stage, two ranks, resume, export.
-
-Run as a script this file is one rank: `test_learner_engine.py <job> <folder> <model>`, with
-the environment that torchrun sets; a job's last character is its ZeRO stage or the rank to die.
-"""
+"""The learner's engine on real DeepSpeed: every ZeRO stage, two ranks, resume, export."""
 
 from __future__ import annotations
 
 import os
 import random
-import socket
-import subprocess
-import sys
 import weakref
 from array import array
 from collections.abc import Iterator, Sequence
@@ -50,6 +43,7 @@ from shared.records import (
     ScoredGroup,
     VersionRun,
 )
+from tests.integration.rank_processes import RankProcesses, ranks_of
 from tests.learner.fakes import (
     ONE_RANK,
     PlainModel,
@@ -62,7 +56,6 @@ from tests.learner.fakes import (
 
 pytestmark = pytest.mark.integration
 
-REPOSITORY = Path(__file__).parents[2]
 STAGES = (0, 1, 2, 3)
 VOCABULARY = 20
 ALONE = Environment.read({})
@@ -160,52 +153,10 @@ def logprobs_of(folder: Path, token_ids: list[int]) -> list[float]:
     return result
 
 
-ADAPTER_PACKAGES = Path(sys.prefix) / "lora"
-"""Where deploy/setup.sh puts peft, apart from what every process may import."""
-
-
-class RankProcesses:
-    """Starts this file as the ranks of a job; kills at the end what still runs."""
-
-    def __init__(self) -> None:
-        self._started: list[subprocess.Popen[str]] = []
-
-    def start(
-        self, job: str, folder: Path, model: Path, *, num_ranks: int
-    ) -> list[subprocess.Popen[str]]:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-        place = {"WORLD_SIZE": str(num_ranks), "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        path = f"{REPOSITORY}{os.pathsep}{ADAPTER_PACKAGES}"
-        command = [sys.executable, __file__, job, str(folder), str(model)]
-        ranks = [
-            subprocess.Popen(
-                command,
-                env={**os.environ, **place, "PYTHONPATH": path, "RANK": str(rank)},
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(num_ranks)
-        ]
-        self._started += ranks
-        return ranks
-
-    def run(self, job: str, folder: Path, model: Path, *, num_ranks: int) -> None:
-        for process in self.start(job, folder, model, num_ranks=num_ranks):
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
-
-    def close(self) -> None:
-        for process in self._started:
-            process.kill()
-            process.communicate()
-
-
 @pytest.fixture(scope="module")
 def processes() -> Iterator[RankProcesses]:
-    started = RankProcesses()
-    yield started
-    started.close()
+    with ranks_of(run_rank) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
@@ -902,10 +853,9 @@ def test_a_rank_ends_when_the_other_dies(
     dying: int, model: Path, tmp_path: Path, processes: RankProcesses
 ) -> None:
     ranks = processes.start(f"die{dying}", tmp_path, model, num_ranks=2)
-    assert ranks[dying].wait(60) == 9
-    _, errors = ranks[1 - dying].communicate(timeout=30)
-    assert ranks[1 - dying].returncode == 1
-    assert f"EngineError: rank {1 - dying} cannot go on" in errors
+    assert ranks[dying].ended(seconds=60) == 9
+    assert ranks[1 - dying].ended(seconds=30) == 1
+    assert f"EngineError: rank {1 - dying} cannot go on" in ranks[1 - dying].printed
 
 
 # The NaN is on one rank only, and must stop the other rank's step as well.
@@ -964,6 +914,7 @@ def choose_on_ranks(folder: Path) -> None:
 
 
 def run_rank(job: str, folder: Path, model: Path) -> None:
+    """One rank's part of a job, whose last character is its ZeRO stage or the rank to die."""
     name, stage = job[:-1], int(job[-1])
     if name == "choose":
         choose_on_ranks(folder)
@@ -1021,7 +972,3 @@ def _resume(engine: LearnerEngine, folder: Path) -> None:
 
 
 JOBS = {"alone": _alone, "train": _train, "lora": _train, "resume": _resume, "die": _train}
-
-
-if __name__ == "__main__":
-    run_rank(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))

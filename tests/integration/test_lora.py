@@ -17,12 +17,11 @@ from services.learner.batch import build_batch, collate
 from services.learner.engine import LearnerEngine
 from shared.config import RunConfig
 from shared.errors import CheckpointError, ConfigError
+from tests.integration.rank_processes import ADAPTER_PACKAGES, RankProcesses
 from tests.integration.test_learner_engine import (
-    ADAPTER_PACKAGES,
     ALONE,
     PAIR_BATCHES,
     STAGES,
-    RankProcesses,
     Weights,
     distance,
     logprobs_of,

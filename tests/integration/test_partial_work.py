@@ -26,7 +26,7 @@ from services.rollout.replica import Event, Replica
 from services.rollout.sampler import Sampler
 from services.rollout.vllm_launch import EngineSettings
 from shared.codec import decode_rollout_group, encode_prompt_group
-from shared.metrics import ROLLOUT_CONCURRENCY_CHANGES
+from shared.metrics.rollout import ROLLOUT_CONCURRENCY_CHANGES
 from shared.records import Completion, PromptGroup, RolloutGroup, VersionRun
 from shared.redis_partials import RedisPartials
 from shared.redis_stream import Streams, open_streams

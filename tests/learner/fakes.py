@@ -18,7 +18,7 @@ from services.learner.diagnostics import TokenRecord
 from services.learner.measures import StepReport
 from services.learner.packing import Packing
 from services.learner.passes import OptimizerStep
-from services.learner.policy import statistics
+from services.learner.policy import read_statistics
 from services.learner.ranks import Ranks
 from services.learner.training import Trainer
 from shared.config import RunConfig
@@ -183,26 +183,16 @@ class PlainModel:
         with_mean_pull: bool = False,
     ) -> TokenStatistics:
         self.num_forwards += 1
-        outputs = self.module(
-            micro_batch.input_ids,
-            micro_batch.packing,
-            micro_batch.predictors,
-            micro_batch.targets,
+        return read_statistics(
+            self.module,
+            micro_batch,
             temperature=temperature,
             clamp_p=clamp_p,
             with_mean_pull=with_mean_pull,
         )
-        return statistics(outputs, is_clamped=clamp_p is not None)
 
     def reference_logprobs(self, micro_batch: MicroBatch, *, temperature: float) -> Tensor:
-        outputs: tuple[Tensor, ...] = self._reference(
-            micro_batch.input_ids,
-            micro_batch.packing,
-            micro_batch.predictors,
-            micro_batch.targets,
-            temperature=temperature,
-        )
-        return outputs[0]
+        return read_statistics(self._reference, micro_batch, temperature=temperature).logprob
 
     def accumulate(self, loss: Tensor, *, is_last: bool) -> None:
         torch.autograd.backward([loss])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from services.learner.advantages import ESTIMATORS, estimate_advantages, shape_advantages
@@ -147,7 +147,6 @@ def test_groups_of_equal_rewards_each_at_another_level_teach_nothing_with_a_base
 outcomes = st.lists(st.sampled_from(list(Outcome)), min_size=1, max_size=5)
 
 
-@settings(deadline=None)
 @given(st.sampled_from(list(ESTIMATORS)), st.lists(outcomes, min_size=1, max_size=4))
 def test_completions_without_a_verdict_are_left_out_and_move_no_other(
     estimator: str, judged: list[list[Outcome]]

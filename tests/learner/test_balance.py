@@ -23,7 +23,6 @@ def micro_batches(plan: Plan) -> list[list[int]]:
     return [rows for mine in plan for rows in mine]
 
 
-@settings(deadline=None)
 @given(lengths, st.integers(1, 5), st.integers(1, 200))
 def test_every_row_is_in_one_micro_batch_within_the_budget(
     lengths: list[int], ranks: int, budget: int
@@ -38,7 +37,6 @@ def test_every_row_is_in_one_micro_batch_within_the_budget(
     assert sum(not rows for rows in micro_batches(plan)) < ranks
 
 
-@settings(deadline=None)
 @given(lengths, st.integers(1, 3), st.integers(1, 200))
 def test_where_rows_are_padded_the_padding_counts(
     lengths: list[int], ranks: int, budget: int
@@ -49,7 +47,6 @@ def test_where_rows_are_padded_the_padding_counts(
         assert len(rows) <= 1 or len(rows) * max(lengths[row] for row in rows) <= budget
 
 
-@settings(deadline=None)
 @given(lengths, st.integers(1, 4), st.integers(1, 200), st.randoms(use_true_random=False))
 def test_a_plan_does_not_depend_on_the_order_rows_are_named_in(
     lengths: list[int], ranks: int, budget: int, draw: random.Random
@@ -60,7 +57,7 @@ def test_a_plan_does_not_depend_on_the_order_rows_are_named_in(
     assert plan_passes(turned, num_ranks=ranks, max_tokens=budget) == plan
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.integers(2, 60), min_size=3, max_size=7), st.integers(2, 3))
 def test_the_dearest_rank_is_within_four_thirds_of_the_best_plan_there_is(
     lengths: list[int], ranks: int

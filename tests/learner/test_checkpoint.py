@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from services.learner.checkpoint import (
     MANIFEST,
@@ -16,7 +17,10 @@ from services.learner.checkpoint import (
     prune_checkpoints,
     write_checkpoint,
 )
+from services.learner.snapshot import Snapshot
 from shared.errors import CheckpointError
+from tests.forked import FORKED
+from tests.learner.fakes import ONE_RANK
 
 
 def save_engine(folder: Path) -> None:
@@ -119,28 +123,28 @@ def test_what_the_engine_has_listed_is_not_read_again_and_is_checked(tmp_path: P
         newest_checkpoint(tmp_path)
 
 
-DYING = """
-import os, signal, sys, torch
-from pathlib import Path
-from services.learner.checkpoint import write_checkpoint
-from services.learner.snapshot import Snapshot
-from tests.learner.fakes import ONE_RANK
-
 class Deadly:
-    def __reduce__(self):
-        os.kill(os.getpid(), signal.SIGKILL)
+    """Kills the process that serialises it."""
 
-def die_at(event, end, count):
-    def listen(name, args):
+    def __reduce__(self) -> str:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return "nobody reads it"
+
+
+def die_at(event: str, end: str, count: int) -> None:
+    def listen(name: str, args: tuple[Any, ...]) -> None:
         nonlocal count
         if name == event and str(args[0]).endswith(end):
             count -= 1
             if count == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
+
     sys.addaudithook(listen)
 
-def save(root, moment):
-    weights = {"weights": torch.zeros(1000)}
+
+def save_and_die(root: Path, moment: str) -> None:
+    """In a process of its own."""
+    weights: dict[str, Any] = {"weights": torch.zeros(1000)}
     files = {"state/second": dict(weights), "state/first": dict(weights)}
     if moment == "serialising":
         files["state/second"]["deadly"] = Deadly()
@@ -150,14 +154,6 @@ def save(root, moment):
     with Snapshot(files, ONE_RANK, {"num_ranks": 1, "zero_stage": 0}) as snapshot:
         write_checkpoint(root, step=2, state={}, save_engine=snapshot.write)
 
-for line in sys.stdin:
-    root, moment = line.rstrip().split("|")
-    child = os.fork()
-    if child == 0:
-        save(Path(root), moment)
-        os._exit(0)
-    print(os.WTERMSIG(os.waitpid(child, 0)[1]), flush=True)
-"""
 
 MOMENTS = {
     "before anything is written": ("os.mkdir .step-000002.tmp 1", 1),
@@ -175,28 +171,16 @@ MOMENTS = {
 audit hooks tell them; and the step that is then the newest."""
 
 
-@pytest.fixture(scope="module")
-def dying() -> Iterator[subprocess.Popen[str]]:
-    """A process that forks one that saves and dies, for each line it reads."""
-    with subprocess.Popen(
-        [sys.executable, "-c", DYING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        yield process
-        assert process.stdin is not None
-        process.stdin.close()
-        assert process.wait(60) == 0
-
-
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_kill_at_any_moment_of_a_save_leaves_one_that_can_be_loaded(
-    moment: str, dying: subprocess.Popen[str], tmp_path: Path
+    moment: str, tmp_path: Path
 ) -> None:
     root, (event, newest) = tmp_path / "checkpoints", MOMENTS[moment]
     write(root, 1)
-    assert dying.stdin is not None
-    assert dying.stdout is not None
-    print(f"{root}|{event}", file=dying.stdin, flush=True)
-    assert int(dying.stdout.readline()) == signal.SIGKILL
+    process = FORKED.Process(target=save_and_die, args=(root, event), daemon=True)
+    process.start()
+    process.join(60.0)
+    assert process.exitcode == -signal.SIGKILL
     found = newest_checkpoint(root)
     assert found is not None
     assert found.step == newest

@@ -145,7 +145,7 @@ def test_an_entropy_that_is_not_finite_is_not_shown_to_the_controller(
     assert made.at(3) == without.at(3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.sampled_from(list(METHODS)),
     st.lists(st.floats(0, 3), min_size=1, max_size=30),

@@ -6,7 +6,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from services.learner.evaluation import LawFit
@@ -129,7 +129,6 @@ def test_one_entropy_has_no_rate() -> None:
     assert law.metrics()["entropy_consumed"] == 0
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.floats(0, 2), st.floats(0, 1)), min_size=1, max_size=12),
     st.integers(0, 12),

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from services.learner.ledger import Ledger
@@ -182,7 +182,6 @@ def assert_batches_are_right(run: Run) -> None:
 
 
 @given(setting=made_settings(MIXED, SOLVED, FAILED, ERRORS))
-@settings(deadline=None)
 def test_a_run_trains_full_batches_that_teach_and_loses_no_group(setting: Setting) -> None:
     run = Run(setting)
     asyncio.run(run.go())
@@ -257,7 +256,6 @@ async def resumed(dead: Killer, run: Run) -> Run:
 
 
 @given(setting=made_settings(MIXED, SOLVED, FAILED), data=st.data())
-@settings(deadline=None)
 def test_a_run_resumed_from_any_moment_takes_the_batches_it_would_have_taken(
     setting: Setting, data: st.DataObject
 ) -> None:
@@ -276,7 +274,6 @@ def test_a_run_resumed_from_any_moment_takes_the_batches_it_would_have_taken(
 
 
 @given(setting=made_settings(MIXED, SOLVED, FAILED, ERRORS), data=st.data())
-@settings(deadline=None)
 def test_a_run_whose_streams_were_wiped_still_trains_full_batches_that_teach(
     setting: Setting, data: st.DataObject
 ) -> None:

@@ -19,7 +19,7 @@ from shared.codec import decode_prompt_group, encode_scored_group
 from shared.config import parse_run
 from shared.dead_letters import decode_dead_letter
 from shared.memory_stream import MemoryStream, MemoryStreams
-from shared.metrics import LEARNER_DEGENERATE, LEARNER_DROPPED
+from shared.metrics.learner import LEARNER_DEGENERATE, LEARNER_DROPPED
 from shared.records import GroupUid, Outcome, Purpose, ScoredGroup
 from shared.tasks.task import Problem
 from tests.factories import make_scored

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from services.learner.ledger import Ledger
@@ -54,7 +54,6 @@ def test_a_group_of_another_run_is_not_wanted() -> None:
     st.permutations(range(20)),
     st.lists(st.sampled_from(["finish", "abandon", "skip"]), min_size=20, max_size=20),
 )
-@settings(deadline=None)
 def test_every_position_is_done_once_in_whatever_order_and_way(
     order: list[int], ways: list[str]
 ) -> None:

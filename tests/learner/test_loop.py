@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import asyncio
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,24 +12,35 @@ import pytest
 from services.learner.evaluation import LawFit
 from services.learner.journal import Journal
 from services.learner.loop import Learner
+from services.learner.measures import StepReport
 from services.learner.progress import Progress
+from services.learner.publisher import Publication
 from shared.codec import encode_scored_group
 from shared.config import parse_run
 from shared.errors import CheckpointError
 from shared.memory_stream import MemoryStream
-from shared.metrics import LearnerGauges
-from shared.records import Outcome
+from shared.metrics.quantities import LearnerGauges
+from shared.records import Outcome, ScoredGroup
+from shared.redis_stream import open_streams
+from shared.stream import Bounds
 from tests.factories import make_scored
 from tests.learner.test_inbox import RUN, SOLVED, Scene
-from tests.learner.test_saver import open_taken
+from tests.learner.test_saver import PATIENCE_SECONDS, open_taken
 
 SIZE = len(encode_scored_group(make_scored(0)))
+
+
+class NobodyListens:
+    """A publisher without replicas."""
+
+    async def publish(self, policy_version: int) -> Publication:
+        return Publication(policy_version, (), (), 0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def learner_of(scene: Scene, folder: Path) -> Learner:
     """The loop over real parts but for the engine, which only saves."""
     config = parse_run(RUN)
-    nobody: Any = None
+    nobody: Any = NobodyListens()
     engine: Any = SimpleNamespace(snapshot=lambda *, copies: open_taken())
     streams: Any = scene.streams
     progress = Progress()
@@ -111,6 +124,38 @@ async def test_a_disk_that_refuses_does_not_end_the_loop(
     assert (await scene.scored.depth()).pending == 2
     with pytest.raises(CheckpointError):
         await learner._last_checkpoint()
+
+
+async def test_while_a_step_is_computed_the_groups_of_the_next_are_read(
+    redis_url: str, tmp_path: Path
+) -> None:
+    bounds, run_id = Bounds(8, 1 << 20), f"test-{secrets.token_hex(4)}"
+    async with open_streams(
+        redis_url, run_id=run_id, prompts=bounds, groups=bounds, timeout_seconds=PATIENCE_SECONDS
+    ) as streams:
+        real: Any = streams.scored
+        scene = Scene(scored=real)
+        await scene.arrive(*(make_scored(index) for index in range(4)))
+        learner = learner_of(scene, tmp_path)
+        trained, loop = [], asyncio.get_running_loop()
+
+        async def until_read() -> None:
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                while (await streams.scored.depth()).pending < 4:
+                    await asyncio.sleep(0.01)
+
+        def train(groups: list[ScoredGroup], *, step: int, policy_version: int) -> StepReport:
+            asyncio.run_coroutine_threadsafe(until_read(), loop).result()
+            trained.append([group.rollout.prompt.uid.index for group in groups])
+            return StepReport({}, {}, {})
+
+        engine: Any = SimpleNamespace(train=train)
+        learner.engine, learner.on_engine, learner.streams = engine, asyncio.to_thread, streams
+        await learner._step()
+        assert (trained, learner.progress.policy_version) == ([[0, 1]], 1)
+        assert scene.inbox.num_unacknowledged == 2  # of the next batch nothing is decided yet
+        assert await scene.take(policy_version=1) == [2, 3]
+        await scene.inbox.close()
 
 
 async def test_a_full_stream_alone_is_no_reason_for_a_checkpoint(tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def test_every_combination_has_a_finite_loss_and_gradient_from_the_mask_alone(
         assert torch.equal(same, slope), name
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     st.sampled_from(list(LOSS_MODES)),
     st.sampled_from(list(ENTROPY_TERMS)),
@@ -234,7 +234,7 @@ def test_gradients_of_micro_batches_add_up_to_that_of_the_minibatch(
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.sampled_from(["vanilla", "clip_cov", "kl_cov"]),
     st.floats(0.1, 0.9),

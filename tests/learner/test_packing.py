@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import (
@@ -125,7 +125,6 @@ def test_a_pass_costs_what_its_matrices_do() -> None:
     assert policy.cost.of(3, 1) == 3 * policy.cost.per_token + 64 * VOCABULARY + 6 * 256
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=30))
 def test_lanes_hold_each_token_once_and_little_padding(lengths: list[int]) -> None:
     packing = Packing.of(lengths)

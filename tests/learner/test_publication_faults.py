@@ -16,7 +16,7 @@ from typing import Literal
 
 import pytest
 
-from shared.metrics import WEIGHT_SYNC_OPERATIONS
+from shared.metrics.weights import WEIGHT_SYNC_OPERATIONS
 from shared.redis_stream import open_streams
 from shared.stream import Bounds
 from tests.learner.publishing import (

@@ -14,7 +14,7 @@ from services.rollout.replica import State
 from shared.codec import encode_prompt_group
 from shared.errors import StreamError
 from shared.lease import Registry
-from shared.metrics import WEIGHT_SYNC_OPERATIONS, WEIGHT_SYNC_RETRIES
+from shared.metrics.weights import WEIGHT_SYNC_OPERATIONS, WEIGHT_SYNC_RETRIES
 from shared.redis_stream import Streams
 from tests.factories import make_prompt
 from tests.learner.publishing import SWAP_SECONDS, TIMEOUT_SECONDS, Scene, scene_of

@@ -18,7 +18,7 @@ from services.learner.reconcile import Reconciler
 from shared.codec import decode_prompt_group, encode_scored_group
 from shared.dead_letters import bury, put_back
 from shared.memory_stream import MemoryStream
-from shared.metrics import LEARNER_ABANDONED, LEARNER_REISSUED
+from shared.metrics.learner import LEARNER_ABANDONED, LEARNER_REISSUED
 from shared.records import GroupUid, Outcome, Purpose
 from shared.stream import Entry
 from tests.factories import make_prompt, make_scored
@@ -313,7 +313,7 @@ class Storm:
 
 
 @given(seed=st.integers(0, 10**6))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_run_on_a_redis_that_forgets_trains_each_place_once_and_ends(seed: int) -> None:
     storm = Storm(Random(seed))
     with pytest.MonkeyPatch.context() as patch:

@@ -16,7 +16,7 @@ from services.learner.progress import Progress
 from services.learner.saver import Saver, unanswered
 from shared.config.services import CheckpointConfig
 from shared.errors import CheckpointError
-from shared.metrics import LEARNER_CHECKPOINTS
+from shared.metrics.learner import LEARNER_CHECKPOINTS
 from tests.factories import make_scored
 from tests.learner.test_inbox import Scene
 

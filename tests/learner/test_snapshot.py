@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import resource
+import threading
 from collections import OrderedDict
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from services.learner.checkpoint import fingerprint
-from services.learner.snapshot import HostFiles, Snapshot, host_copy, write_file
+from services.learner.snapshot import HostFiles, Snapshot, Writing, host_copy, write_file
+from shared.errors import EngineError
 from tests.learner.fakes import ONE_RANK
 
 LAYOUT = {"num_ranks": 1, "zero_stage": 0}
@@ -73,3 +75,19 @@ def test_a_disk_that_takes_half_a_file_is_named_as_such(tmp_path: Path) -> None:
             write_file(tmp_path / "model.pt", [torch.zeros(2**17) for _ in range(8)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_hangs_is_not_waited_for_without_end() -> None:
+    disk, written, writing = threading.Event(), [], Writing()
+    writing.end()  # nothing has begun
+
+    def follow() -> None:
+        disk.wait(30.0)
+        written.append(1)
+
+    writing.begin(follow)
+    with pytest.raises(EngineError, match="the disk hangs"):
+        writing.end(seconds=0.01)
+    disk.set()
+    writing.end()
+    assert written == [1]

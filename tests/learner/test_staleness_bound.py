@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from services.learner.inbox import group_staleness
@@ -88,7 +88,6 @@ def expected_attempts(arrived: list[ScoredGroup], index: int, policy_version: in
 
 
 @given(arrived=arrivals, policy_version=versions)
-@settings(deadline=None)
 def test_no_group_over_the_bound_is_taken_and_each_drop_is_issued_again_once(
     arrived: list[ScoredGroup], policy_version: int
 ) -> None:

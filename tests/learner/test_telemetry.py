@@ -17,16 +17,18 @@ from services.learner.telemetry import (
     step_row,
     without_nan,
 )
-from shared.metrics import (
+from shared.metrics.learner import (
     LEARNER_TOKENS_BY_LAG,
     LEARNER_UNREWARDED,
+    learner_gauges,
+)
+from shared.metrics.queues import (
     QUEUE_BYTES,
     QUEUE_CAPACITY_BYTES,
     QUEUE_LENGTH,
     QUEUE_OLDEST,
     REDIS_MEMORY,
     REDIS_PERSISTENCE,
-    learner_gauges,
 )
 from shared.records import Outcome
 from shared.redis_server import embedded_redis

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -119,6 +120,19 @@ def test_the_batch_s_start_needs_no_pass_beyond_the_training_passes(tokens: int,
         assert trainer.plain.num_forwards == 2 * count_micro_batches(tokens, cuts)
 
 
+def test_micro_batches_are_packed_beside_the_first_pass_and_by_its_end() -> None:
+    trainer, beside = make_trainer(config_of(tokens=SMALL, cuts=1)), []
+
+    def note(*_: object) -> None:
+        beside.append(any(each.name.startswith("packing") for each in threading.enumerate()))
+
+    trainer.plain.module.register_forward_pre_hook(note)
+    train_steps(trainer, [sampled_groups(0)])
+    half = len(beside) // 2
+    assert half > 1
+    assert beside == [True] * half + [False] * half
+
+
 def test_selection_by_proximal_log_probs_meets_the_weights_of_the_batch_s_start() -> None:
     by_current = trained(config_of(KL_COV, learner=FAST))
     by_proximal = trained(config_of({**KL_COV, "selection_logprobs": "proximal"}, learner=FAST))
@@ -144,7 +158,7 @@ def test_selection_by_proximal_log_probs_holds_for_micro_batches_too() -> None:
     assert chosen(by["current"]) != chosen(whole)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.sampled_from(list(CHOOSING)),
     st.integers(1, 200),

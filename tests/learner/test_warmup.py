@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
+from multiprocessing.queues import Queue
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from shared.config import RunConfig, parse_run
 from shared.errors import ConfigError
 from shared.tasks.countdown import Countdown
 from shared.tokenizer import Tokenizer
+from tests.forked import FORKED
 
 RUN = """
 [run]
@@ -174,12 +175,19 @@ def test_a_save_that_fails_leaves_nothing_beside_what_was_there(tmp_path: Path) 
 
 
 def test_a_killed_training_leaves_no_half_folder(tmp_path: Path) -> None:
-    process = start_main(tmp_path, num_steps=100_000)
-    assert process.stdout is not None
-    assert process.stdout.readline().startswith(b"warm-up 10/100000 loss ")
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]
+    reports = FORKED.Queue()
+    given = (make_config(num_steps=100_000), tmp_path / "model", reports)
+    process = FORKED.Process(target=report_to_queue, args=given, daemon=True)
+    process.start()
+    assert reports.get(timeout=60.0).step == 10
+    process.kill()
+    process.join(60.0)
+    assert process.exitcode == -signal.SIGKILL
+    assert list(tmp_path.iterdir()) == []
+
+
+def report_to_queue(config: RunConfig, folder: Path, reports: Queue[WarmupProgress]) -> None:
+    warm_up(config, folder, report=reports.put)
 
 
 def test_the_model_of_whoever_was_first_stays(tmp_path: Path) -> None:

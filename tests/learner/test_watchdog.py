@@ -25,7 +25,7 @@ from services.learner.publisher import Publisher
 from services.learner.service import SERVICE, LearnerServicer
 from services.learner.watchdog import Watchdog
 from shared.lease import Registry
-from shared.metrics import LEARNER_STALLED, watch_steps
+from shared.metrics.learner import LEARNER_STALLED, watch_steps
 from shared.redis_server import embedded_redis
 from shared.redis_stream import Streams, open_streams
 from shared.rpc import PROGRESS, open_channel, serve

@@ -6,13 +6,15 @@ import ast
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import iter_modules
 
 from prometheus_client import Counter, Gauge, Histogram
-from prometheus_client.registry import CollectorRegistry
 
 from shared import metrics
+from shared.metrics.quantities import PERCENTILES, QUANTITIES, LearnerGauges
 from tests.observability.promql import grouping_labels, selectors
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +40,7 @@ def catalogue() -> Catalogue:
 
 def _own() -> Iterator[tuple[str, frozenset[str]]]:
     yield "isentrope_run_info", frozenset({"run", "model", "algorithm"})
-    for each in vars(metrics).values():
+    for each in _declared_by_us():
         if isinstance(each, Counter | Gauge | Histogram):
             name, labels = str(each._name), frozenset[str](each._labelnames)  # type: ignore[no-untyped-call, unused-ignore]
             match each:
@@ -50,15 +52,21 @@ def _own() -> Iterator[tuple[str, frozenset[str]]]:
                     yield f"{name}_count", labels
                 case _:
                     yield name, labels
-    gauges = metrics.learner_gauges(CollectorRegistry())
-    keys = [*metrics._LEARNER_GAUGES]
-    keys += [
-        key for _, by_label in metrics._LEARNER_PERCENTILES.values() for key in by_label.values()
+    gauges = LearnerGauges()
+    keys = [
+        *QUANTITIES,
+        *(key for _, by_label in PERCENTILES.values() for key in by_label.values()),
     ]
     gauges.show(dict.fromkeys(keys, 1.0))
     for family in gauges.collect():
         for sample in family.samples:
             yield sample.name, frozenset(sample.labels)
+
+
+def _declared_by_us() -> Iterator[object]:
+    """Whatever the modules of `shared.metrics` name."""
+    for module in iter_modules(metrics.__path__, f"{metrics.__name__}."):
+        yield from vars(import_module(module.name)).values()
 
 
 def engine_series() -> Iterator[tuple[str, frozenset[str]]]:

@@ -11,7 +11,7 @@ import shared.dead_letters  # noqa: F401  Has its counter at zero once it is imp
 from services.rollout.engine_load import LoadRecorder
 from services.verifier.sandbox import ScoringPool
 from shared.config.services import VerifierConfig
-from shared.metrics import learner_gauges
+from shared.metrics.learner import learner_gauges
 from shared.records import Outcome
 from tests.learner.fakes import run_config
 

@@ -50,7 +50,7 @@ groups_with_lengths = st.lists(
 
 
 @given(groups)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_vectorised_forms_equal_the_slow_loops(rewards: list[float]) -> None:
     tensor = torch.tensor(rewards, dtype=torch.float64)
     # An equal-reward group is exact here and only nearly so in the loop: its own test is below.
@@ -64,7 +64,7 @@ def test_the_vectorised_forms_equal_the_slow_loops(rewards: list[float]) -> None
 
 
 @given(groups_with_lengths)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_length_weighted_form_equals_the_mean_over_the_tokens_of_the_group(
     group: list[tuple[float, int]],
 ) -> None:
@@ -77,7 +77,7 @@ def test_the_length_weighted_form_equals_the_mean_over_the_tokens_of_the_group(
 @given(
     st.lists(st.tuples(st.floats(-10, 10, width=32), st.integers(0, 50)), min_size=2, max_size=12)
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_whitening_equals_the_slow_loop_over_the_tokens_of_the_batch(
     batch: list[tuple[float, int]],
 ) -> None:
@@ -106,7 +106,7 @@ def test_the_golden_baseline_is_the_mean_reward_of_a_token() -> None:
 
 
 @given(groups, st.integers(1, 1000))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_completions_of_one_length_have_the_plain_mean_for_a_baseline(
     rewards: list[float], length: int
 ) -> None:
@@ -157,7 +157,7 @@ def test_a_group_of_equal_rewards_has_an_advantage_of_exactly_zero(
     reward=st.floats(-1e7, 1e7, width=32),
     lengths=st.lists(st.integers(1, 30_000), min_size=2, max_size=64),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_estimator_gives_exactly_zero_to_equal_rewards_of_any_size_and_length(
     reward: float, lengths: list[int]
 ) -> None:
@@ -179,7 +179,7 @@ def test_every_estimator_gives_exactly_zero_to_equal_rewards_of_any_size_and_len
     rewards=st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=5),
     lengths=st.lists(st.integers(1, 30_000), min_size=8, max_size=8),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_groups_that_differ_only_from_each_other_whiten_to_exactly_zero_over_their_baselines(
     rewards: list[float], lengths: list[int]
 ) -> None:
@@ -260,7 +260,7 @@ def test_a_completion_without_a_valid_companion_gets_zero(num_valid: int) -> Non
 
 
 @given(groups, st.randoms(use_true_random=False))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_permuting_a_group_permutes_its_advantages(rewards: list[float], random: Random) -> None:
     order = list(range(len(rewards)))
     random.shuffle(order)
@@ -274,7 +274,7 @@ def test_permuting_a_group_permutes_its_advantages(rewards: list[float], random:
 
 
 @given(groups)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_no_advantage_exceeds_the_bound_of_its_group_size(rewards: list[float]) -> None:
     size = len(rewards)
     advantages = group_relative(torch.tensor(rewards), normalise_std=True)

@@ -227,7 +227,7 @@ def test_without_keys_the_draw_is_the_same_each_time_and_ignores_the_global_seed
 
 
 @given(st.integers(0, 2**31), st.integers(1, 5), st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_selection_does_not_depend_on_order_ranks_or_micro_batches(
     seed: int, num_ranks: int, has_ties: bool
 ) -> None:
@@ -283,7 +283,7 @@ def slow_splitmix64(state: int) -> int:
     st.integers(-(2**63), 2**63 - 1),
     st.integers(0, 10**5),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_keys_equal_the_slow_form(
     seed: int, step: int, minibatch: int, uid_hash: int, position: int
 ) -> None:

@@ -51,7 +51,7 @@ def entropy_gradient(logits: Tensor, clamp_p: float) -> Tensor:
 
 
 @given(logit_rows, st.floats(0, 0.3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_entropies_equal_the_slow_loop(logits: list[float], clamp_p: float) -> None:
     tensor = torch.tensor(logits, dtype=torch.float64)
     assert entropy_from_logits(tensor).item() == pytest.approx(slow_entropy(logits)[0], abs=1e-9)
@@ -62,7 +62,7 @@ def test_the_entropies_equal_the_slow_loop(logits: list[float], clamp_p: float) 
 
 
 @given(logit_rows)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_gradient_of_the_entropy_has_its_closed_form(logits: list[float]) -> None:
     leaf = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
     entropy = entropy_from_logits(leaf)
@@ -523,7 +523,7 @@ def test_the_influence_has_the_golden_values() -> None:
 
 
 @given(st.integers(0, 2**31), st.floats(0.1, 8), st.sampled_from([1.0, 0.5, 1e-6, 3e-4, 7.0]))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_influence_is_the_sampled_prediction_per_unit_of_learning_rate(
     seed: int, spread: float, learning_rate: float
 ) -> None:

@@ -54,13 +54,13 @@ def test_aent_takes_24_steps_of_no_entropy_to_its_cap() -> None:
 
 
 @given(st.floats(0.15, 0.24))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_inside_the_band_nothing_moves(entropy: float) -> None:
     assert AEntController(**AENT).update(entropy) == 0.002
 
 
 @given(st.lists(st.floats(0, 12), max_size=30))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_coefficient_never_leaves_its_box(entropies: list[float]) -> None:
     aent = AEntController(**AENT)
     target = TargetEntropyController(**TARGET, is_strict=True)
@@ -132,7 +132,7 @@ def test_the_pi_controller_follows_the_golden_trajectory() -> None:
 
 
 @given(st.lists(st.floats(0, 1), max_size=40))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_without_saturation_the_pi_controller_is_the_papers_formula(entropies: list[float]) -> None:
     controller = EntropyPIController(
         target=0.5, proportional=0.8, integral=0.01, integral_limit=100.0
@@ -144,7 +144,7 @@ def test_without_saturation_the_pi_controller_is_the_papers_formula(entropies: l
 
 
 @given(st.lists(st.floats(0, 6), max_size=40), st.floats(0, 3), st.floats(0, 1), st.floats(0.1, 20))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_pi_controller_equals_the_slow_rule(
     entropies: list[float], proportional: float, integral: float, limit: float
 ) -> None:
@@ -214,7 +214,7 @@ def test_a_saturation_by_the_proportional_part_alone_leaves_the_sum_empty() -> N
     st.floats(0, 1),
     st.floats(0.1, 5),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_long_saturation_delays_the_way_back_no_longer_than_the_limit_allows(
     num_high: int, above: float, below: float, proportional: float, integral: float, limit: float
 ) -> None:
@@ -254,7 +254,7 @@ def make_controllers() -> list[Controller]:
 
 
 @given(st.lists(st.floats(0, 1.5), min_size=1, max_size=20), st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_run_resumed_anywhere_follows_the_identical_trajectory(
     entropies: list[float], data: st.DataObject
 ) -> None:

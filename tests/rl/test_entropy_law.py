@@ -61,7 +61,7 @@ points = st.lists(
 
 
 @given(points)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_fit_is_numpys_least_squares(pairs: list[tuple[float, float]]) -> None:
     entropies, scores = [h for h, _ in pairs], [r for _, r in pairs]
     law = fit(entropies, scores)
@@ -87,7 +87,7 @@ def numbers(law: EntropyLaw) -> list[float]:
 
 
 @given(points, st.randoms(use_true_random=False))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_order_of_the_points_does_not_matter(
     pairs: list[tuple[float, float]], random: Random
 ) -> None:
@@ -101,7 +101,7 @@ def test_the_order_of_the_points_does_not_matter(
 
 
 @given(points, st.sampled_from([100.0, 0.01, -1.0, 3.0]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_fit_has_the_unit_of_the_scores(
     pairs: list[tuple[float, float]], factor: float
 ) -> None:
@@ -228,7 +228,7 @@ curves = st.lists(
 
 
 @given(curves, st.integers(2, 35), st.sampled_from([0.0, 0.02, 0.5]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_forecast_equals_the_slow_form(
     curve: list[tuple[int, float]], window: int, floor: float
 ) -> None:

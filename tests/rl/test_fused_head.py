@@ -376,18 +376,23 @@ def test_bfloat16_weights_have_float32_statistics_and_sums_of_gradients(vocabula
 
 def test_a_float32_product_spares_bfloat16_weights_the_rounding_of_their_logits() -> None:
     inputs = make_inputs(16, 300, dtype=torch.bfloat16, width=64)
-    exact = naive(
-        inputs[0].double(), inputs[1].double(), inputs[2], temperature=1.0, clamp_p=None
-    ).logprob
-    errors = []
+    wide = (inputs[0].detach().double().requires_grad_(), inputs[1].detach().double())
+    wide[1].requires_grad_()
+    exact = naive(*wide, inputs[2], temperature=1.0, clamp_p=None)
+    exact_grads = gradients(exact, wide)
+    errors, grad_errors = [], []
     for product_dtype in (None, torch.float32):
         outputs = fused_logprob_entropy(
             *inputs, temperature=1.0, chunk=5, product_dtype=product_dtype
         )
-        errors.append((outputs.logprob - exact).abs().max().item())
+        errors.append((outputs.logprob - exact.logprob).abs().max().item())
         grads = gradients(outputs, inputs)
         assert [each.dtype for each in grads] == [torch.bfloat16, torch.bfloat16]
+        pairs = zip(grads, exact_grads, strict=True)
+        grad_errors.append([float((a - b).norm() / b.norm()) for a, b in pairs])
     assert errors[1] < 1e-4 < 1e-2 < errors[0]
+    # What is left is the rounding of the sum itself, 2^-9 at most.
+    assert max(grad_errors[1]) < 2e-3 < 6e-3 < min(grad_errors[0])
 
 
 @pytest.mark.parametrize("vocabulary", [9, LONG])

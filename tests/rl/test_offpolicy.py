@@ -286,7 +286,7 @@ def test_unusable_arguments_are_refused() -> None:
 
 
 @given(st.integers(0, 2**31), st.integers(0, 12))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_interpolated_proximal_policy_equals_the_slow_loop(seed: int, newest: int) -> None:
     target, behaviour, _ = random_tokens(seed)
     staleness = torch.arange(newest, newest + 5)[:, None]

@@ -66,7 +66,7 @@ def slow_position_shaped(
     st.lists(st.floats(0, 12, width=32), min_size=1, max_size=40),
     st.integers(1, 100),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_the_selected_tokens_reach_the_interpolated_quantile_in_exact_arithmetic(
     entropies: list[float], percent: int
 ) -> None:
@@ -168,7 +168,7 @@ def test_the_golden_perplexities_have_their_standardised_logarithms() -> None:
 
 
 @given(st.lists(st.floats(-8, 0, width=32), min_size=1, max_size=16), st.floats(0, 0.5))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_the_factors_equal_the_slow_loop(mean_logprobs: list[float], alpha: float) -> None:
     actual = perplexity_factors(torch.tensor(mean_logprobs, dtype=torch.float64), alpha=alpha)
     expected = [min(1.2, max(0.8, 1 - alpha * w)) for w in slow_weights(mean_logprobs)]
@@ -191,7 +191,7 @@ def test_a_likelier_completion_has_the_larger_factor_and_none_leaves_the_box() -
 
 
 @given(st.floats(-30, 0, width=32), st.integers(1, 64), st.floats(0, 1e6))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_equal_completions_have_factors_of_exactly_one(
     mean_logprob: float, group_size: int, alpha: float
 ) -> None:
@@ -271,7 +271,7 @@ def test_position_shaping_equals_the_slow_loop(seed: int) -> None:
 
 
 @given(st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=20), st.floats(0, 100))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_an_advantage_grows_by_at_most_half_and_keeps_its_sign(
     advantages: list[float], gamma: float
 ) -> None:
@@ -350,7 +350,7 @@ def test_a_buffer_of_zero_penalises_only_beyond_the_maximum() -> None:
 
 
 @given(st.integers(0, 300), st.integers(0, 200), st.floats(0, 5))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_longer_completion_never_loses_less_and_never_more_than_the_factor(
     num_tokens: int, buffer_tokens: int, factor: float
 ) -> None:
@@ -388,7 +388,7 @@ def test_the_golden_ratios_are_kept_inside_the_open_interval(dtype: torch.dtype)
     st.floats(0.01, 1.5),
     st.floats(0.01, 1.5),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_kept_tokens_equal_the_slow_loop(
     pairs: list[tuple[float, float]], clip_low: float, clip_high: float
 ) -> None:

@@ -73,7 +73,7 @@ actions = st.lists(
 
 
 @given(*settings_of_a_run, actions)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_nothing_over_the_bound_is_trained_whatever_the_completion_order(
     max_staleness: int, groups_per_batch: int, steps: list[tuple[str, int]]
 ) -> None:
@@ -87,7 +87,7 @@ def test_nothing_over_the_bound_is_trained_whatever_the_completion_order(
 
 
 @given(*settings_of_a_run, actions)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_first_in_first_out_nothing_grows_too_stale_and_nothing_is_dropped(
     max_staleness: int, groups_per_batch: int, steps: list[tuple[str, int]]
 ) -> None:
@@ -104,7 +104,7 @@ def test_first_in_first_out_nothing_grows_too_stale_and_nothing_is_dropped(
 
 
 @given(*settings_of_a_run, st.randoms(use_true_random=False))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_run_that_issues_all_it_may_never_starves(
     max_staleness: int, groups_per_batch: int, random: Random
 ) -> None:
@@ -135,7 +135,7 @@ def test_the_bound_is_tight(max_staleness: int) -> None:
 
 
 @given(st.integers(0, 50), *settings_of_a_run)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_admission_fills_up_to_the_limit_and_never_over_it(
     num_outstanding: int, max_staleness: int, groups_per_batch: int
 ) -> None:

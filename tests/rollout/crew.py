@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 
 from shared.process import ServiceArguments
+from tests.forked import FORKED
 from tests.rollout.simulated import Simulation, run_process
 
 
@@ -17,13 +17,11 @@ class Crew:
     """Starts replicas; all are forked from one process that has imported what they need."""
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["tests.rollout.simulated"])
         self._processes: dict[str, BaseProcess] = {}
 
     def start(self, given: ServiceArguments, simulation: Simulation) -> None:
         """A replica under the name that it is given."""
-        process = self._context.Process(target=run_process, args=(given, simulation), daemon=True)
+        process = FORKED.Process(target=run_process, args=(given, simulation), daemon=True)
         process.start()
         self._processes[given.name] = process
 

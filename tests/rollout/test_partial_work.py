@@ -14,7 +14,7 @@ from services.rollout.replica import Event
 from shared.codec import encode_prompt_group
 from shared.errors import StreamError
 from shared.memory_partials import MemoryPartials
-from shared.metrics import ROLLOUT_RESUMED_TOKENS
+from shared.metrics.rollout import ROLLOUT_RESUMED_TOKENS
 from shared.partials import Piece
 from shared.records import Completion, PromptGroup
 from shared.stream import Entry

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import signal
 import socket
 import ssl
+import subprocess
+import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from prometheus_client import make_wsgi_app
 
 from shared.errors import StartError
-from shared.metrics import serve_metrics
+from shared.metrics.process import serve_metrics
 from shared.metrics_server import MAX_CONNECTIONS, MetricsServer
 from shared.roles import METRICS_NAME
 from shared.rpc import PROGRESS
@@ -47,8 +55,20 @@ def get(
 ) -> tuple[int, str]:
     """Status and text."""
     scheme = "http" if trusted is None else "https"
+    url = f"{scheme}://127.0.0.1:{server.port}{path}"
+    return ask(url, authorization=authorization, trusted=trusted)
+
+
+def status(url: str) -> int:
+    return ask(url)[0]
+
+
+def ask(
+    url: str, *, authorization: str | None = None, trusted: ssl.SSLContext | None = None
+) -> tuple[int, str]:
+    """Status and text."""
     headers = {} if authorization is None else {"Authorization": authorization}
-    asked = urllib.request.Request(f"{scheme}://127.0.0.1:{server.port}{path}", headers=headers)
+    asked = urllib.request.Request(url, headers=headers)
     try:
         with urllib.request.urlopen(asked, timeout=CALL_SECONDS, context=trusted) as answer:
             return answer.status, answer.read().decode()
@@ -139,6 +159,35 @@ def test_over_tls_the_port_shows_one_name_for_all_roles_and_rotates(tmp_path: Pa
             get(server, trusted=trusting(OURS))
 
 
+def expiries(server: MetricsServer, *, trusted: ssl.SSLContext | None = None) -> dict[str, float]:
+    """By certificate, seconds since 1970, as a scrape tells."""
+    _, text = get(server, trusted=trusted or trusting(OURS))
+    found = re.findall(
+        r'^isentrope_certificate_expiry_timestamp_seconds\{certificate="(\w+)"\} (\S+)$', text, re.M
+    )
+    return {name: float(value) for name, value in found}
+
+
+def end_of(certificate: bytes) -> float:
+    return x509.load_pem_x509_certificate(certificate).not_valid_after_utc.timestamp()
+
+
+def test_what_expires_is_told_and_follows_the_folder(tmp_path: Path) -> None:
+    first, short = (
+        leaf(OURS, "rollout", valid_until=timedelta(minutes=minutes)) for minutes in (30, 5)
+    )
+    folder, later = tmp_path / "rollout", Authority("later", valid_until=timedelta(days=9))
+    write_credentials(folder, first, OURS)
+    with metrics(tls=Credentials(folder)) as server:
+        ours = end_of(OURS.certificate)
+        assert expiries(server) == {"own": end_of(first.certificate), "authority": ours}
+        write_credentials(folder, short, OURS, later)
+        assert expiries(server) == {
+            "own": end_of(short.certificate),
+            "authority": end_of(later.certificate),
+        }
+
+
 def test_plain_text_and_silence_on_the_tls_port_keep_nobody_waiting(tmp_path: Path) -> None:
     with metrics(tls=credentials(tmp_path, OURS, "rollout")) as server:
         place = ("127.0.0.1", server.port)
@@ -146,6 +195,40 @@ def test_plain_text_and_silence_on_the_tls_port_keep_nobody_waiting(tmp_path: Pa
             with pytest.raises((urllib.error.URLError, ConnectionError)):
                 get(server)
             assert get(server, trusted=trusting(OURS))[0] == 200
+
+
+@pytest.mark.parametrize("is_secure", [False, True])
+def test_a_peer_that_dribbles_is_cut_off(is_secure: bool, tmp_path: Path) -> None:
+    server = MetricsServer(
+        "127.0.0.1",
+        0,
+        metrics=make_wsgi_app(),
+        tls=credentials(tmp_path, OURS, "rollout") if is_secure else None,
+        connection_seconds=0.3,
+    )
+    # The start of a request, or of a TLS record of 16 KiB.
+    said = b"\x16\x03\x01\x40\x00\x01" if is_secure else b"GET /metrics HTTP/1.1\r\nX: "
+    deadline = time.monotonic() + CALL_SECONDS
+    with socket.create_connection(("127.0.0.1", server.port), CALL_SECONDS) as peer:
+        peer.sendall(said)
+        peer.settimeout(0.05)
+        while is_open(peer):
+            assert time.monotonic() < deadline
+            with suppress(ConnectionError):
+                peer.sendall(b"x")
+    server.close()
+
+
+def is_open(peer: socket.socket) -> bool:
+    """Whether the other end has not closed it; what it says is left aside."""
+    try:
+        while peer.recv(1 << 16):
+            pass
+    except TimeoutError:
+        return True
+    except ConnectionError:
+        return False
+    return False
 
 
 def test_more_connections_than_there_are_places_for_are_turned_away() -> None:
@@ -181,6 +264,24 @@ async def test_a_kubelet_learns_what_grpc_health_says_and_no_more(tmp_path: Path
             assert await ask(VERIFIER) == 503
         assert (await asyncio.to_thread(get, http, "/", trusted=trust))[0] == 404
         assert (await asyncio.to_thread(get, http, trusted=trust))[0] == 401
+
+
+def test_an_event_loop_that_hangs_is_not_well_and_its_metrics_are_told_all_the_same() -> None:
+    command = [sys.executable, "-m", "tests.security.hung_loop", str(10 * CALL_SECONDS)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            url = f"http://127.0.0.1:{int(process.stdout.readline())}"
+            assert (status(f"{url}/health/x"), status(f"{url}/health/{PROGRESS}")) == (200, 200)
+            process.send_signal(signal.SIGUSR1)
+            deadline = time.monotonic() + CALL_SECONDS
+            while status(f"{url}/health/{PROGRESS}") == 200:  # until the signal is delivered
+                assert time.monotonic() < deadline
+            assert (status(f"{url}/health/x"), status(f"{url}/health/{PROGRESS}")) == (503, 503)
+            assert status(f"{url}/metrics") == 200
+            assert process.poll() is None
+        finally:
+            process.kill()
 
 
 def test_health_does_not_come_from_an_event_loop_that_ended() -> None:

@@ -6,7 +6,6 @@ import asyncio
 import os
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -19,16 +18,19 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos.verifier_pb2 import GetVerifierStatusRequest
 from protos.verifier_pb2_grpc import VerifierStub
+from services.verifier.__main__ import main
 from services.verifier.service import SERVICE
 from shared.codec import decode_scored_group, encode_rollout_group
 from shared.config import load_run
 from shared.lease import Member, Registry
+from shared.process import run_service
 from shared.records import Outcome
 from shared.redis_stream import Streams, open_streams
 from shared.rpc import PROGRESS, open_channel
 from shared.stream import Bounds, Depth
 from shared.tasks.countdown import Countdown
 from shared.tokenizer import Tokenizer, save_characters
+from tests.forked import Forked
 from tests.verifier.test_worker import make_group
 from tests.verifier.waiting import SECONDS, is_alive, until
 
@@ -62,18 +64,22 @@ class Verifiers:
 
     def __init__(self, run_file: Path) -> None:
         self.run_file = run_file
-        self._started: list[subprocess.Popen[str]] = []
+        self._started: list[Forked] = []
 
-    def start(self, name: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "services.verifier", "--config", str(self.run_file)]
-        process = subprocess.Popen([*command, "--name", name], stderr=subprocess.PIPE, text=True)
-        self._started.append(process)
-        return process
+    def start(self, name: str) -> Forked:
+        printed = self.run_file.with_name(f"printed-{name}")
+        arguments = ["--config", str(self.run_file), "--name", name]
+        self._started.append(Forked(printed, be_a_verifier, arguments))
+        return self._started[-1]
 
     def end(self) -> None:
         for process in self._started:
-            process.kill()
-            process.communicate()
+            process.close()
+
+
+def be_a_verifier(arguments: list[str]) -> None:
+    """`python -m services.verifier`, from its arguments on."""
+    sys.exit(run_service("verifier", main, arguments))
 
 
 @pytest.fixture
@@ -151,8 +157,8 @@ async def test_a_verifier_serves_the_stream_and_callers_and_ends_in_order(
         assert counted in metrics
 
         scorers = children(process.pid)
-        process.send_signal(signal.SIGTERM)
-        assert await asyncio.to_thread(process.wait, SECONDS) == 0
+        process.signal(signal.SIGTERM)
+        assert await asyncio.to_thread(process.ended, seconds=SECONDS) == 0
         assert await registry.members("verifier") == []
         assert len(scorers) == 1
         assert not any(is_alive(pid) for pid in scorers)
@@ -211,7 +217,7 @@ async def test_what_a_killed_verifier_had_claimed_is_scored_by_another(
     first = verifiers.start("first")
     async with opened(verifiers.run_file) as (streams, registry):
         await until_leased(registry, "first")
-        first.send_signal(signal.SIGSTOP)
+        first.signal(signal.SIGSTOP)
         group = make_group(Tokenizer(str(model)))
         await streams.rollouts.put(encode_rollout_group(group))
 
@@ -219,7 +225,7 @@ async def test_what_a_killed_verifier_had_claimed_is_scored_by_another(
             return (await streams.rollouts.depth()).pending == 1
 
         await until(is_claimed)  # by the read that Redis still holds for the stopped process
-        first.kill()
+        first.signal(signal.SIGKILL)
         verifiers.start("second")
 
         async def is_scored() -> bool:
@@ -245,7 +251,6 @@ def test_what_is_wrong_at_the_start_is_one_line(
     text = verifiers.run_file.read_text("utf8")
     verifiers.run_file.write_text(text.replace(old, new), "utf8")
     process = verifiers.start("one")
-    _, errors = process.communicate(timeout=SECONDS)
-    assert process.returncode == code
-    assert errors.splitlines()[-1].startswith(message)
-    assert "Traceback" not in errors
+    assert process.ended(seconds=SECONDS) == code
+    assert process.printed.splitlines()[-1].startswith(message)
+    assert "Traceback" not in process.printed

@@ -14,7 +14,7 @@ import pytest
 from services.verifier.sandbox import ScoringPool
 from shared.config.services import TaskConfig, VerifierConfig
 from shared.errors import StartError
-from shared.metrics import VERIFIER_RESULTS
+from shared.metrics.verifier import VERIFIER_RESULTS
 from shared.records import Outcome, Score
 from tests.verifier.waiting import is_alive, until_dead, until_exists
 

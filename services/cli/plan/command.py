@@ -230,6 +230,8 @@ def _notes_of_model(rates: Rates, shape: Shape) -> tuple[str, ...]:
         f" {sequences / token_seconds:,.0f} tokens/s",
         f"the learner trains a batch in {tokens * rates.train_seconds_per_token[0]:.1f} s and"
         f" publishes in {rates.publishing[0].seconds:.1f} s",
+        f"a checkpoint stops it for {rates.checkpoint_seconds:.1f} s, and is on the disk"
+        f" {rates.checkpoint_write_seconds:.0f} s later",
         "these speeds follow from data sheets and assumed efficiencies (`isentrope plan --help`);"
         " measure a short run and use --from before you buy",
     )

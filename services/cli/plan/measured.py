@@ -176,7 +176,9 @@ def _num_replicas(config: RunConfig, rows: Sequence[Row]) -> int:
 def _rates(config: RunConfig, rows: Sequence[Row], response_p99: float | None) -> Rates:
     """All but the engine's speed; the first row only tells when the second step began.
 
-    Verifying takes no time of its own here: it is part of the time that engines seem to take.
+    Verifying takes no time of its own here: it is part of the time that engines seem to take. Nor
+    does writing a checkpoint: what training waits for is what the rows show, be it the copy, the
+    checkpoint before, or all of it where `checkpoint.asynchronous` is false.
     """
     used, every = rows[1:], config.checkpoint.every_steps
     for key in ("train_seconds", "publish_seconds", "tokens", "completion_length_mean"):

@@ -4,7 +4,7 @@
     prompt    2 P operations a token, once a group: its completions share the prefix
     train     8 P operations a token: forward, backward, activations computed again
     publish   the weights over the network once, and a swap in device memory
-    checkpoint  weights and optimiser state to storage
+    checkpoint  weights and optimiser state: a copy to host memory, then to storage beside training
 
 P is the number of parameters, all of them active: a mixture of experts is reckoned as if dense.
 """
@@ -52,7 +52,8 @@ class Factors:
         memory: of a replica's GPUs, for weights and KV cache (`rollout.gpu_memory_utilization`).
         engine_seconds: of scheduling and sampling, for each token.
         network_gb_per_second: at which all replicas receive; 12.5 is 100 Gbit/s.
-        storage_gb_per_second: at which a checkpoint is written.
+        copy_gb_per_second: at which a rank copies its part of a checkpoint to host memory.
+        storage_gb_per_second: at which all ranks together write it from there.
         publish_seconds: of control, for each publication.
     """
 
@@ -62,6 +63,7 @@ class Factors:
     memory: float = 0.85
     engine_seconds: float = 2e-3
     network_gb_per_second: float = 12.5
+    copy_gb_per_second: float = 4.0
     storage_gb_per_second: float = 2.0
     publish_seconds: float = 0.5
 
@@ -145,6 +147,8 @@ def reckon(
     decoded = operations * hardware.replica_gpus * factors.compute
     trained = operations * hardware.learner_gpus * factors.training
     parallel = PARALLEL_SECONDS if hardware.replica_gpus > 1 else 0.0
+    checkpoint_bytes = CHECKPOINT_BYTES * size.parameters
+    copied = factors.copy_gb_per_second * 1e9 * hardware.learner_gpus
     wire_seconds = weights / (factors.network_gb_per_second * 1e9)
     pause_seconds = 2 * weights / read  # reads what came and writes it into place
     return Reckoning(
@@ -166,9 +170,8 @@ def reckon(
             prompt_tokens=prompt_tokens,
             prompt_seconds=2 * size.parameters * prompt_tokens / decoded,
             verify_seconds=verify_seconds * group_size,
-            checkpoint_seconds=CHECKPOINT_BYTES
-            * size.parameters
-            / (factors.storage_gb_per_second * 1e9),
+            checkpoint_seconds=checkpoint_bytes / copied,
+            checkpoint_write_seconds=checkpoint_bytes / (factors.storage_gb_per_second * 1e9),
         ),
     )
 

@@ -110,6 +110,8 @@ class Rates:
         train_seconds_per_token: of completions.
         step_seconds: of each step beside waiting, training and publishing.
         verify_seconds: one group in one verifier process.
+        checkpoint_seconds: training waits for so long at each checkpoint.
+        checkpoint_write_seconds: then until the disk has it, beside training; the next one waits.
         replaced_share: groups that taught nothing and were replaced (dynamic sampling).
     """
 
@@ -122,6 +124,7 @@ class Rates:
     step_seconds: float = 0.0
     verify_seconds: float = 0.0
     checkpoint_seconds: float = 0.0
+    checkpoint_write_seconds: float = 0.0
     replaced_share: float = 0.0
 
 

@@ -5,7 +5,8 @@ reduced to its order: each stream is first in, first out, and a prompt goes to t
 most free places. A step of the learner is that of `services.learner.loop`: fill, wait for a batch,
 train, publish, evaluate and checkpoint when due. A publication stops each replica for the last
 part of it, so that nothing ends and nothing begins there; what is in work stays, and a group that
-begins after it samples from the new version. Nothing fails.
+begins after it samples from the new version. A checkpoint stops the learner for the copy, and is
+written beside the next steps. Nothing fails.
 """
 
 from __future__ import annotations
@@ -79,11 +80,13 @@ class _Spent:
 
 @dataclass(slots=True)
 class _Learner:
-    """The learner's state; `began` is when it began to wait, None while it does not."""
+    """The learner's state; `began` is when it began to wait, None while it does not; `written`,
+    when the disk has the last checkpoint."""
 
     step: int = 0
     version: int = 0
     began: float | None = None
+    written: float = 0.0
     batch: list[Group] = field(default_factory=list)
     outstanding: set[int] = field(default_factory=set)
     num_issued: int = 0
@@ -218,8 +221,15 @@ class Simulation:
         if shape.evaluation_every and step % shape.evaluation_every == 0:
             self._evaluate()
         if shape.checkpoint_every and step % shape.checkpoint_every == 0:
-            seconds += self._rates.checkpoint_seconds
+            seconds += self._checkpoint(self._spent.now + seconds)
         self._at(seconds, self._end_step)
+
+    def _checkpoint(self, now: float) -> float:
+        """How long training waits: until the one before is written, and for the copy."""
+        learner, rates = self._learner, self._rates
+        seconds = max(0.0, learner.written - now) + rates.checkpoint_seconds
+        learner.written = now + seconds + rates.checkpoint_write_seconds
+        return seconds
 
     def _evaluate(self) -> None:
         if not self._shape.evaluation_every:
