@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-_RUN = '{run="$run"}'
-
-
-@dataclass(frozen=True, slots=True)
-class Query:
-    """A PromQL expression; `{{label}}` in the legend is that label's value."""
-
-    expr: str
-    legend: str
+from queries import (
+    Query,
+    by_replica,
+    latest,
+    mean_seconds,
+    of_run,
+    quantiles,
+    rate,
+    rates_by,
+    recorded,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,410 +30,321 @@ class Panel:
     is_logarithmic: bool = False
 
 
-def of_run(expr: str) -> str:
-    """The series of the chosen run; services export their run once, as `isentrope_run_info`."""
-    return f"{expr} * on (job, instance) group_left (run) isentrope_run_info{_RUN}"
+def lines(title: str, unit: str, *queries: Query) -> Panel:
+    """Values over time."""
+    return Panel(title, unit, queries)
 
 
-def latest(metric: str, label: str = "", *, legend: str = "") -> Query:
-    """A gauge of one service, by `label` if given."""
-    by = f"run, {label}" if label else "run"
-    shown = legend or (f"{{{{{label}}}}}" if label else "{{run}}")
-    return Query(f"max by ({by}) ({of_run(metric)})", shown)
+def magnitudes(title: str, *queries: Query) -> Panel:
+    """Values over time that differ by powers of ten."""
+    return Panel(title, "none", queries, is_logarithmic=True)
 
 
-def by_replica(name: str, *, legend: str = "{{instance}}") -> Query:
-    """A gauge of the rollout replicas, which other services export as 0."""
-    metric, by = f"isentrope_rollout_{name}", "on (job, instance)"
-    gauge = of_run(f'({metric} and {by} isentrope_service_stalled{{service="rollout"}})')
-    return Query(f"max by (run, instance) ({gauge})", legend)
+def number(title: str, query: Query) -> Panel:
+    """The last value alone."""
+    return Panel(title, "none", [query], "number")
 
 
-def rate(counter: str, label: str = "", *, legend: str = "") -> Query:
-    """A counter of all processes a second, by `label` if given."""
-    by = f"run, {label}" if label else "run"
-    shown = legend or (f"{{{{{label}}}}}" if label else "{{run}}")
-    inner = of_run(f"rate({counter}[$__rate_interval])")
-    return Query(f"sum by ({by}) ({inner})", shown)
+def stack(title: str, unit: str, query: Query) -> Panel:
+    """Parts of a whole over time."""
+    return Panel(title, unit, [query], "stack")
 
 
-def quantiles(histogram: str, label: str = "") -> list[Query]:
-    """p50, p95 and p99 of all processes."""
-    by = f"run, le, {label}" if label else "run, le"
-    inner = of_run(f"rate({histogram}_bucket[$__rate_interval])")
-    suffix = f" {{{{{label}}}}}" if label else ""
-    return [
-        Query(f"histogram_quantile({share}, sum by ({by}) ({inner}))", f"p{share[2:]}{suffix}")
-        for share in ("0.50", "0.95", "0.99")
-    ]
-
-
-def buckets(histogram: str) -> list[Query]:
-    """For a heat map."""
+def heat(title: str, histogram: str) -> Panel:
+    """How the values of a histogram lie over time."""
     inner = of_run(f"increase({histogram}_bucket[$__rate_interval])")
-    return [Query(f"sum by (le) ({inner})", "{{le}}")]
-
-
-def recorded(rule: str, legend: str) -> Query:
-    """What deploy/prometheus/rules.yml has computed."""
-    return Query(f"{rule}{_RUN}", legend)
+    return Panel(title, "short", [Query(f"sum by (le) ({inner})", "{{le}}")], "heatmap")
 
 
 def _learner(name: str, label: str = "", *, legend: str = "") -> Query:
     return latest(f"isentrope_learner_{name}", label, legend=legend)
 
 
-def _queue(name: str) -> list[Query]:
-    return [latest(f"isentrope_queue_{name}", "stream")]
+def _learners(**names: str) -> list[Query]:
+    """Gauges of the learner and what each is called."""
+    return [_learner(name, legend=legend) for name, legend in names.items()]
+
+
+def _queue(title: str, unit: str, name: str) -> Panel:
+    return lines(title, unit, latest(f"isentrope_queue_{name}", "stream"))
 
 
 ROWS: dict[str, list[Panel]] = {
     "Overview": [
-        Panel("Policy version", "none", [_learner("policy_version")], "number"),
-        Panel("Reward", "none", [_learner("reward_mean")], "number"),
-        Panel("Held-out score", "none", [_learner("eval_score")], "number"),
-        Panel("Entropy (nats)", "none", [_learner("policy_entropy_nats")], "number"),
-        Panel(
+        number("Policy version", _learner("policy_version")),
+        number("Reward", _learner("reward_mean")),
+        number("Held-out score", _learner("eval_score")),
+        number("Entropy (nats)", _learner("policy_entropy_nats")),
+        lines(
             "Reward and the ceiling that the law predicts",
             "none",
-            [
-                _learner("reward_mean", legend="reward"),
-                _learner("eval_score", legend="held-out score"),
-                _learner("predicted_reward_ceiling", legend="ceiling"),
-            ],
+            *_learners(
+                reward_mean="reward",
+                eval_score="held-out score",
+                predicted_reward_ceiling="ceiling",
+            ),
         ),
-        Panel(
+        lines(
             "Tokens a second",
             "short",
-            [
-                rate("isentrope_rollout_generated_tokens_total", legend="sampled"),
-                rate("isentrope_learner_tokens_trained_total", legend="trained"),
-            ],
+            rate("isentrope_rollout_generated_tokens_total", legend="sampled"),
+            rate("isentrope_learner_tokens_trained_total", legend="trained"),
         ),
-        Panel("Time of a step", "s", quantiles("isentrope_learner_step_seconds")),
-        Panel(
+        lines("Time of a step", "s", *quantiles("isentrope_learner_step_seconds")),
+        lines(
             "Stalled",
             "none",
-            [
-                _learner("stalled", legend="no step"),
-                latest("isentrope_service_stalled", "service, instance", legend="{{instance}}"),
-            ],
+            _learner("stalled", legend="no step"),
+            latest("isentrope_service_stalled", "service, instance", legend="{{instance}}"),
         ),
     ],
     "Entropy": [
-        Panel(
+        lines(
             "Entropy by its definition (nats)",
             "none",
-            [
-                _learner("policy_entropy_nats", legend="token mean"),
-                _learner("policy_entropy_clamped_nats", legend="clamped"),
-                _learner("policy_entropy_sequence_mean_nats", legend="mean over completions"),
-                _learner("entropy_bound_nats", "bound", legend="band: {{bound}}"),
-            ],
+            *_learners(
+                policy_entropy_nats="token mean",
+                policy_entropy_clamped_nats="clamped",
+                policy_entropy_sequence_mean_nats="mean over completions",
+            ),
+            _learner("entropy_bound_nats", "bound", legend="band: {{bound}}"),
         ),
-        Panel(
+        lines(
             "Percentiles of token entropy (nats)",
             "none",
-            [_learner("policy_entropy_percentile_nats", "percentile", legend="p{{percentile}}")],
+            _learner("policy_entropy_percentile_nats", "percentile", legend="p{{percentile}}"),
         ),
-        Panel("Weight of the entropy term", "none", [_learner("entropy_coefficient")]),
-        Panel(
+        lines("Weight of the entropy term", "none", _learner("entropy_coefficient")),
+        magnitudes(
             "Covariance of log-prob and advantage, percentiles",
-            "none",
-            [_learner("token_covariance", "percentile", legend="p{{percentile}}")],
-            is_logarithmic=True,
+            _learner("token_covariance", "percentile", legend="p{{percentile}}"),
         ),
-        Panel(
+        lines(
             "Tokens whose loss a mechanism changed",
             "percentunit",
-            [recorded("run:isentrope_learner_tokens_intervened:ratio_rate15m", "{{mechanism}}")],
+            recorded("run:isentrope_learner_tokens_intervened:ratio_rate15m", "{{mechanism}}"),
         ),
-        Panel(
+        lines(
             "Tokens clipped",
             "percentunit",
-            [
-                _learner("clip_fraction_low_ratio", legend="below"),
-                _learner("clip_fraction_high_ratio", legend="above"),
-            ],
+            *_learners(clip_fraction_low_ratio="below", clip_fraction_high_ratio="above"),
         ),
-        Panel("Gradient norm", "none", [_learner("grad_norm")], is_logarithmic=True),
-        Panel(
+        magnitudes("Gradient norm", _learner("grad_norm")),
+        lines(
             "Optimiser steps skipped for NaN or inf",
             "short",
-            [rate("isentrope_learner_nonfinite_total", "tensor")],
+            rate("isentrope_learner_nonfinite_total", "tensor"),
         ),
     ],
     "Reward and entropy": [
-        Panel("Steps until the floor", "short", [_learner("entropy_steps_left")]),
-        Panel("Entropy spent", "percentunit", [_learner("entropy_consumed_ratio")]),
-        Panel(
+        lines("Steps until the floor", "short", _learner("entropy_steps_left")),
+        lines("Entropy spent", "percentunit", _learner("entropy_consumed_ratio")),
+        lines(
             "R = -a exp(H) + b",
             "none",
-            [
-                _learner("entropy_law_a", legend="a"),
-                _learner("entropy_law_a_bound", "percentile", legend="a, {{percentile}} %"),
-                _learner("entropy_law_b", legend="b"),
-            ],
+            _learner("entropy_law_a", legend="a"),
+            _learner("entropy_law_a_bound", "percentile", legend="a, {{percentile}} %"),
+            _learner("entropy_law_b", legend="b"),
         ),
-        Panel(
+        lines(
             "Score that the law predicts",
             "none",
-            [
-                _learner("predicted_reward_ceiling", legend="at zero entropy"),
-                _learner(
-                    "predicted_reward_ceiling_bound", "percentile", legend="..., {{percentile}} %"
-                ),
-                _learner("predicted_reward_at_floor", legend="at the floor"),
-            ],
+            _learner("predicted_reward_ceiling", legend="at zero entropy"),
+            _learner(
+                "predicted_reward_ceiling_bound", "percentile", legend="..., {{percentile}} %"
+            ),
+            _learner("predicted_reward_at_floor", legend="at the floor"),
         ),
-        Panel(
+        lines(
             "Fit: R squared, and 1 if the law is identified",
             "none",
-            [
-                _learner("entropy_law_r_squared", legend="R squared"),
-                _learner("entropy_law_identifiable", legend="identified"),
-            ],
+            *_learners(entropy_law_r_squared="R squared", entropy_law_identifiable="identified"),
         ),
-        Panel("Evaluations in the fit", "short", [_learner("entropy_law_fit_points")]),
+        lines("Evaluations in the fit", "short", _learner("entropy_law_fit_points")),
     ],
     "Pipeline balance": [
-        Panel(
+        stack(
             "Where the learner's time goes",
             "percentunit",
-            [recorded("run:isentrope_learner_phase:ratio_rate15m", "{{phase}}")],
-            "stack",
+            recorded("run:isentrope_learner_phase:ratio_rate15m", "{{phase}}"),
         ),
-        Panel(
+        stack(
             "A replica's time without a group",
             "percentunit",
-            [recorded("run:isentrope_rollout_idle:ratio_rate15m", "{{cause}}")],
-            "stack",
+            recorded("run:isentrope_rollout_idle:ratio_rate15m", "{{cause}}"),
         ),
-        Panel(
+        lines(
             "Streams: how full",
             "percentunit",
-            [recorded("run:isentrope_queue_fill:ratio", "{{stream}}, {{of}}")],
+            recorded("run:isentrope_queue_fill:ratio", "{{stream}}, {{of}}"),
         ),
-        Panel(
+        lines(
             "Producers that wait for room",
             "short",
-            [recorded("run:isentrope_queue_backpressure:rate15m", "{{stream}}")],
+            recorded("run:isentrope_queue_backpressure:rate15m", "{{stream}}"),
         ),
-        Panel("Messages never delivered", "short", _queue("lag_messages")),
-        Panel("Messages delivered, not acknowledged", "short", _queue("pending_messages")),
-        Panel("Payload of a stream", "bytes", _queue("bytes")),
-        Panel("Oldest pending message", "s", _queue("oldest_pending_seconds")),
+        _queue("Messages never delivered", "short", "lag_messages"),
+        _queue("Messages delivered, not acknowledged", "short", "pending_messages"),
+        _queue("Payload of a stream", "bytes", "bytes"),
+        _queue("Oldest pending message", "s", "oldest_pending_seconds"),
     ],
     "Off-policyness": [
-        Panel(
-            "Staleness of completions (versions)",
-            "short",
-            buckets("isentrope_learner_sample_staleness_versions"),
-            "heatmap",
+        heat("Staleness of completions (versions)", "isentrope_learner_sample_staleness_versions"),
+        lines(
+            "Age of groups when trained", "s", *quantiles("isentrope_learner_sample_age_seconds")
         ),
-        Panel("Age of groups when trained", "s", quantiles("isentrope_learner_sample_age_seconds")),
-        Panel(
+        lines(
             "Completions not trained on, a second",
             "short",
-            [rate("isentrope_learner_samples_dropped_total", "reason")],
+            rate("isentrope_learner_samples_dropped_total", "reason"),
         ),
-        Panel(
+        lines(
             "Groups a second: issued again, given up",
             "short",
-            [
-                rate(
-                    "isentrope_learner_groups_reissued_total", "reason", legend="again: {{reason}}"
-                ),
-                rate(
-                    "isentrope_learner_groups_abandoned_total",
-                    "reason",
-                    legend="given up: {{reason}}",
-                ),
-            ],
+            *rates_by(
+                "reason",
+                isentrope_learner_groups_reissued_total="again",
+                isentrope_learner_groups_abandoned_total="given up",
+            ),
         ),
-        Panel(
-            "Importance ratio",
-            "none",
-            [_learner("importance_ratio", "percentile")],
-            is_logarithmic=True,
-        ),
-        Panel(
+        magnitudes("Importance ratio", _learner("importance_ratio", "percentile")),
+        magnitudes(
             "KL (nats a token)",
-            "none",
-            [
-                _learner("kl_behaviour_nats", legend="mismatch: engine and learner"),
-                _learner("kl_update_nats", legend="of an update"),
-                _learner("kl_reference_nats", legend="to the reference"),
-            ],
-            is_logarithmic=True,
+            *_learners(
+                kl_behaviour_nats="mismatch: engine and learner",
+                kl_update_nats="of an update",
+                kl_reference_nats="to the reference",
+            ),
         ),
-        Panel(
+        lines(
             "Effective share of the importance weights",
             "percentunit",
-            [_learner("importance_weight_effective_ratio")],
+            _learner("importance_weight_effective_ratio"),
         ),
-        Panel("Steps in a row that nothing passed", "short", [_learner("unrewarded_steps")]),
+        lines("Steps in a row that nothing passed", "short", _learner("unrewarded_steps")),
     ],
     "Weights": [
-        Panel(
+        stack(
             "Phases of an update, mean",
             "s",
-            [
-                Query(
-                    "sum by (run, phase) ("
-                    + of_run("rate(isentrope_weight_sync_seconds_sum[$__rate_interval])")
-                    + ") / sum by (run, phase) ("
-                    + of_run("rate(isentrope_weight_sync_seconds_count[$__rate_interval])")
-                    + ")",
-                    "{{phase}}",
-                )
-            ],
-            "stack",
+            mean_seconds("isentrope_weight_sync_seconds", "phase"),
         ),
-        Panel(
+        lines(
             "Updates of a replica within 15 minutes",
             "short",
-            [recorded("run:isentrope_weight_sync_operations:increase15m", "{{result}}")],
+            recorded("run:isentrope_weight_sync_operations:increase15m", "{{result}}"),
         ),
-        Panel("Version by replica", "none", [by_replica("policy_version")]),
-        Panel(
+        lines("Version by replica", "none", by_replica("policy_version")),
+        lines(
             "Versions that the last replica is behind",
             "none",
-            [recorded("run:isentrope_rollout_version_lag:max", "{{run}}")],
+            recorded("run:isentrope_rollout_version_lag:max", "{{run}}"),
         ),
-        Panel(
+        lines(
             "Requests stood still (share of the time, all replicas)",
             "percentunit",
-            [rate("isentrope_weight_sync_pause_seconds_total")],
+            rate("isentrope_weight_sync_pause_seconds_total"),
         ),
-        Panel("Parameter bytes a second", "Bps", [rate("isentrope_weight_sync_bytes_total")]),
-        Panel(
+        lines("Parameter bytes a second", "Bps", rate("isentrope_weight_sync_bytes_total")),
+        lines(
             "Brought up outside of the groups, a second",
             "short",
-            [rate("isentrope_weight_sync_streams_total", "result")],
+            rate("isentrope_weight_sync_streams_total", "result"),
         ),
-        Panel("Rounds repeated, a second", "short", [rate("isentrope_weight_sync_retries_total")]),
+        lines("Rounds repeated, a second", "short", rate("isentrope_weight_sync_retries_total")),
     ],
     "Rollout": [
-        Panel(
-            "Completions sampled now, by replica",
-            "short",
-            [by_replica("inflight_requests")],
-        ),
-        Panel(
-            "Groups that a replica may have in work",
-            "short",
-            [by_replica("concurrency_groups")],
-        ),
-        Panel("Tokens of a completion", "short", quantiles("isentrope_rollout_response_tokens")),
-        Panel(
-            "Completions a second",
-            "short",
-            [rate("isentrope_rollout_samples_total", "outcome")],
-        ),
-        Panel(
+        lines("Completions sampled now, by replica", "short", by_replica("inflight_requests")),
+        lines("Groups that a replica may have in work", "short", by_replica("concurrency_groups")),
+        lines("Tokens of a completion", "short", *quantiles("isentrope_rollout_response_tokens")),
+        lines("Completions a second", "short", rate("isentrope_rollout_samples_total", "outcome")),
+        lines(
             "Tokens a second, by replica",
             "short",
-            [rate("isentrope_rollout_generated_tokens_total", "instance")],
+            rate("isentrope_rollout_generated_tokens_total", "instance"),
         ),
-        Panel(
+        lines(
             "Tokens saved and resumed, a second",
             "short",
-            [
-                rate("isentrope_rollout_saved_tokens_total", legend="put aside"),
-                rate("isentrope_rollout_resumed_tokens_total", legend="resumed"),
-            ],
+            rate("isentrope_rollout_saved_tokens_total", legend="put aside"),
+            rate("isentrope_rollout_resumed_tokens_total", legend="resumed"),
         ),
-        Panel("KV cache used", "percentunit", [by_replica("kv_cache_usage_ratio")]),
-        Panel(
+        lines("KV cache used", "percentunit", by_replica("kv_cache_usage_ratio")),
+        lines(
             "Short of room in the engine",
             "short",
-            [
-                by_replica("waiting_requests", legend="waiting: {{instance}}"),
-                rate(
-                    "isentrope_rollout_preemptions_total",
-                    "instance",
-                    legend="set back a second: {{instance}}",
-                ),
-            ],
+            by_replica("waiting_requests", legend="waiting: {{instance}}"),
+            *rates_by("instance", isentrope_rollout_preemptions_total="set back a second"),
         ),
     ],
     "Rollout engine": [
-        Panel(
+        lines(
             "Requests in vLLM",
             "short",
-            [
-                latest("vllm:num_requests_running", "instance", legend="running: {{instance}}"),
-                latest("vllm:num_requests_waiting", "instance", legend="waiting: {{instance}}"),
-            ],
+            latest("vllm:num_requests_running", "instance", legend="running: {{instance}}"),
+            latest("vllm:num_requests_waiting", "instance", legend="waiting: {{instance}}"),
         ),
-        Panel(
-            "KV cache of vLLM",
-            "percentunit",
-            [latest("vllm:kv_cache_usage_perc", "instance")],
-        ),
-        Panel(
+        lines("KV cache of vLLM", "percentunit", latest("vllm:kv_cache_usage_perc", "instance")),
+        lines(
             "Preemptions in vLLM, a second",
             "short",
-            [rate("vllm:num_preemptions_total", "instance")],
+            rate("vllm:num_preemptions_total", "instance"),
         ),
-        Panel(
-            "A request's time in vLLM's queue", "s", quantiles("vllm:request_queue_time_seconds")
+        lines(
+            "A request's time in vLLM's queue", "s", *quantiles("vllm:request_queue_time_seconds")
         ),
-        Panel(
-            "Time to a completion's first token", "s", quantiles("vllm:time_to_first_token_seconds")
+        lines(
+            "Time to a completion's first token",
+            "s",
+            *quantiles("vllm:time_to_first_token_seconds"),
         ),
-        Panel("Time between two tokens", "s", quantiles("vllm:inter_token_latency_seconds")),
-        Panel(
+        lines("Time between two tokens", "s", *quantiles("vllm:inter_token_latency_seconds")),
+        lines(
             "Tokens through vLLM, a second",
             "short",
-            [
-                rate("vllm:prompt_tokens_total", legend="prompt"),
-                rate("vllm:generation_tokens_total", legend="completion"),
-            ],
+            rate("vllm:prompt_tokens_total", legend="prompt"),
+            rate("vllm:generation_tokens_total", legend="completion"),
         ),
-        Panel(
+        lines(
             "Prompt tokens asked of and found in the prefix cache, a second",
             "short",
-            [
-                rate("vllm:prefix_cache_queries_total", legend="asked"),
-                rate("vllm:prefix_cache_hits_total", legend="found"),
-            ],
+            rate("vllm:prefix_cache_queries_total", legend="asked"),
+            rate("vllm:prefix_cache_hits_total", legend="found"),
         ),
     ],
     "Verifier": [
-        Panel("Time to score a completion", "s", quantiles("isentrope_verifier_duration_seconds")),
-        Panel("Verdicts a second", "short", [rate("isentrope_verifier_results_total", "result")]),
-        Panel(
+        lines("Time to score a completion", "s", *quantiles("isentrope_verifier_duration_seconds")),
+        lines("Verdicts a second", "short", rate("isentrope_verifier_results_total", "result")),
+        lines(
             "Without a verdict",
             "percentunit",
-            [recorded("run:isentrope_verifier_unjudged:ratio_rate15m", "{{verifier}}")],
+            recorded("run:isentrope_verifier_unjudged:ratio_rate15m", "{{verifier}}"),
         ),
-        Panel(
+        lines(
             "Taken over from the dead, given up; a second",
             "short",
-            [
-                rate(
-                    "isentrope_queue_redelivered_total", "stream", legend="taken over: {{stream}}"
-                ),
-                rate(
-                    "isentrope_queue_dead_lettered_total", "stream", legend="given up: {{stream}}"
-                ),
-            ],
+            *rates_by(
+                "stream",
+                isentrope_queue_redelivered_total="taken over",
+                isentrope_queue_dead_lettered_total="given up",
+            ),
         ),
     ],
     "Infrastructure": [
-        Panel("Redis memory", "bytes", [latest("isentrope_redis_memory_bytes", "kind")]),
-        Panel(
-            "Redis on disk (1: well)", "none", [latest("isentrope_redis_persistence_ok", "kind")]
+        lines("Redis memory", "bytes", latest("isentrope_redis_memory_bytes", "kind")),
+        lines("Redis on disk (1: well)", "none", latest("isentrope_redis_persistence_ok", "kind")),
+        lines(
+            "gRPC answers a second", "short", rate("isentrope_grpc_server_handled_total", "code")
         ),
-        Panel(
-            "gRPC answers a second",
-            "short",
-            [rate("isentrope_grpc_server_handled_total", "code")],
+        lines(
+            "Time until a certificate expires",
+            "s",
+            latest(
+                "(isentrope_certificate_expiry_timestamp_seconds - time())",
+                "certificate, instance",
+                legend="{{instance}}, {{certificate}}",
+            ),
         ),
-        Panel(
-            "Memory of a process", "bytes", [latest("process_resident_memory_bytes", "instance")]
-        ),
+        lines("Memory of a process", "bytes", latest("process_resident_memory_bytes", "instance")),
     ],
 }

@@ -10,13 +10,14 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/isentrope
 ENV PATH=/opt/isentrope/bin:$PATH
-COPY deploy/requirements/cpu.txt ./
+COPY deploy/requirements/cpu.txt deploy/requirements/lora.txt ./
 # As in deploy/setup.sh: PyPI itself holds only torch's CUDA build.
 RUN pip install --no-cache-dir --no-deps setuptools==78.1.1 \
     && { pip install --no-cache-dir --no-deps torch==2.13.0+cpu \
         || { pip install --no-cache-dir uv==0.13.8 \
             && uv pip install --no-cache --no-deps --torch-backend cpu torch==2.13.0; }; }
-RUN pip install --no-cache-dir --no-deps -r cpu.txt
+RUN pip install --no-cache-dir --no-deps -r cpu.txt \
+    && pip install --no-cache-dir --no-deps --target /opt/isentrope/lora -r lora.txt
 COPY . .
 RUN pip install --no-cache-dir --no-deps --no-build-isolation .
 

@@ -11,9 +11,10 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/isentrope
 ENV PATH=/opt/isentrope/bin:$PATH
-COPY deploy/requirements/gpu.txt ./
+COPY deploy/requirements/gpu.txt deploy/requirements/lora.txt ./
 RUN pip install --no-cache-dir --no-deps setuptools==78.1.1 \
-    && pip install --no-cache-dir -r gpu.txt
+    && pip install --no-cache-dir -r gpu.txt \
+    && pip install --no-cache-dir --no-deps --target /opt/isentrope/lora -r lora.txt
 COPY . .
 RUN pip install --no-cache-dir --no-deps --no-build-isolation .
 

@@ -11,10 +11,13 @@ import os
 import re
 import secrets
 import signal
+import ssl
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +31,16 @@ from shared.lease import Registry
 from shared.redis_connection import connect
 from shared.redis_server import prepare_redis, until_redis_answers
 from shared.redis_stream import key_prefix
+from shared.rpc import open_channel
 from shared.tasks.countdown import Countdown
+from shared.tls import Credentials
 from shared.tokenizer import save_characters
+from tests.certificates import Authority
 from tests.kubernetes.kustomize import KUBERNETES
 from tests.kubernetes.manifests import Manifest, arguments, of_kind, parse
+from tests.kubernetes.secured import mounted, secured, write_secrets
+from tests.security.identities import TOKEN
+from tests.security.services import CALL_SECONDS, address, get_status, serving
 
 BASE = KUBERNETES / "base"
 PASSWORD = secrets.token_hex(16)
@@ -73,10 +82,13 @@ async def test_nobody_gets_in_without_the_password(redis_port: int) -> None:
     await client.aclose()
 
 
-def container() -> Manifest:
-    manifests = parse((BASE / "verifier.yaml").read_text("utf8"))
-    [deployment] = of_kind(manifests, "Deployment")
-    found: Manifest = deployment["spec"]["template"]["spec"]["containers"][0]
+def deployment() -> Manifest:
+    [found] = of_kind(parse((BASE / "verifier.yaml").read_text("utf8")), "Deployment")
+    return found
+
+
+def pod_of(workload: Manifest) -> Manifest:
+    found: Manifest = workload["spec"]["template"]["spec"]
     return found
 
 
@@ -125,13 +137,15 @@ async def health(port: int, service: str) -> str:
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
 
 
-async def test_a_pod_becomes_ready_is_scraped_and_ends(redis_port: int, tmp_path: Path) -> None:
-    given, run = container(), write_run(tmp_path)
-    ports = {"grpc": free_port(), "metrics": free_port()}
-    variables = environment(given, redis_port, ports)
+@contextmanager
+def running(
+    given: Manifest, variables: dict[str, str], folder: Path
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The container's process; what it logged is printed at its end."""
+    run = write_run(folder)
     words = [expand(word, variables) for word in arguments(given)]
     words = [word.replace("/etc/isentrope/run.toml", str(run)) for word in words]
-    with (tmp_path / "log").open("wb") as log:
+    with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, *words[1:]],
             env={**os.environ, **variables},
@@ -139,12 +153,26 @@ async def test_a_pod_becomes_ready_is_scraped_and_ends(redis_port: int, tmp_path
             stderr=log,
         )
     try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        print((folder / "log").read_text("utf8"))
+
+
+async def test_a_pod_becomes_ready_is_scraped_and_ends(redis_port: int, tmp_path: Path) -> None:
+    [given] = pod_of(deployment())["containers"]
+    ports = {"grpc": free_port(), "metrics": free_port()}
+    variables = environment(given, redis_port, ports)
+    with running(given, variables, tmp_path) as process:
         for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
             asked = given[kind]["grpc"]["service"]
             assert await health(ports["grpc"], asked) == "SERVING", kind
         url = f"http://127.0.0.1:{ports['metrics']}/metrics"
         with urllib.request.urlopen(url, timeout=START_SECONDS) as reply:
-            assert b'isentrope_run_info{algorithm="vanilla"' in reply.read()
+            told = reply.read()
+        assert b'isentrope_run_info{algorithm="vanilla"' in told
+        assert b"isentrope_certificate_expiry_timestamp_seconds{" not in told
         client = connect(variables["REDIS_URL"])
         [member] = await Registry(client, prefix=key_prefix("pod")).members()
         await client.aclose()
@@ -152,10 +180,71 @@ async def test_a_pod_becomes_ready_is_scraped_and_ends(redis_port: int, tmp_path
         assert member.address == f"127.0.0.1:{ports['grpc']}"
         process.send_signal(signal.SIGTERM)
         assert process.wait(START_SECONDS) == 0
-    finally:
-        process.kill()
-        process.wait()
-        print((tmp_path / "log").read_text("utf8"))
+
+
+async def test_with_mtls_a_pod_becomes_ready_and_talks_to_who_has_a_certificate(
+    redis_port: int, tmp_path: Path
+) -> None:
+    write_secrets(tmp_path, Authority(), token=TOKEN)
+    pod = pod_of(secured(deployment()))
+    [given] = pod["containers"]
+    ports = {"grpc": free_port(), "metrics": free_port()}
+    variables = environment(given, redis_port, ports)
+    for path, folder in mounted(pod, tmp_path).items():
+        variables = {name: value.replace(path, str(folder)) for name, value in variables.items()}
+    place, operator = f"127.0.0.1:{ports['grpc']}", Credentials(tmp_path / "tls-operator")
+    with running(given, variables, tmp_path) as process:
+        for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
+            await until_well(given[kind]["httpGet"], ports, process)
+        asked = given["livenessProbe"]["httpGet"] | {"path": "/metrics"}
+        assert await answer(asked, ports) == 401
+        assert await answer(asked, ports, authorization=f"Bearer {TOKEN}") == 200
+        async with open_channel(place, role="verifier", tls=operator) as channel:
+            assert await get_status(channel, "verifier") == (grpc.StatusCode.OK, "")
+        async with grpc.aio.insecure_channel(place, options=_OPTIONS) as channel:
+            assert (await get_status(channel, "verifier"))[0] == grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize(("caller", "role"), [("learner", "rollout"), ("operator", "learner")])
+async def test_with_mtls_the_other_services_take_each_other_s_certificates(
+    caller: str, role: str, tmp_path: Path
+) -> None:
+    write_secrets(tmp_path, Authority(), token=TOKEN)
+    own = Credentials(tmp_path / f"tls-{caller}")
+    async with (
+        serving(role, Credentials.of_role(tmp_path / f"tls-{role}", role)) as server,
+        open_channel(address(server), role=role, tls=own) as channel,
+    ):
+        assert await get_status(channel, role) == (grpc.StatusCode.OK, "")
+
+
+async def until_well(
+    probe: Manifest, ports: dict[str, int], process: subprocess.Popen[bytes]
+) -> None:
+    """As long as the process starts, nobody listens or health says 503."""
+    async with asyncio.timeout(START_SECONDS):
+        while process.poll() is None and await answer(probe, ports) != 200:
+            await asyncio.sleep(0.1)
+    assert process.poll() is None
+
+
+async def answer(probe: Manifest, ports: dict[str, int], authorization: str = "") -> int:
+    """The status by which a kubelet, which checks no certificate, judges; 0 without an answer."""
+    assert probe["scheme"] == "HTTPS"
+    url = f"https://127.0.0.1:{ports[probe['port']]}{probe['path']}"
+    asked = urllib.request.Request(url, headers={"Authorization": authorization})
+
+    def ask() -> int:
+        unchecked = ssl._create_unverified_context()
+        try:
+            with urllib.request.urlopen(asked, timeout=CALL_SECONDS, context=unchecked) as reply:
+                return int(reply.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+        except (urllib.error.URLError, ConnectionError):
+            return 0
+
+    return await asyncio.to_thread(ask)
 
 
 def test_the_readme_s_secret_is_the_one_that_is_used_here() -> None:
