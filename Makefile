@@ -7,7 +7,7 @@ PROTOS := $(wildcard protos/*.proto)
 SERVICE_PROTOS := $(shell grep -l '^service ' $(PROTOS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench bench-async bench-entropy bench-head bench-learner bench-methods bench-mismatch bench-publish bench-scale bench-trl bench-wire chaos fuzz lint proto check-proto images manifests alerts dashboard monitor
+.PHONY: help setup demo test test-slow bench bench-async bench-entropy bench-head bench-learner bench-methods bench-mismatch bench-publish bench-scale bench-trl bench-wire chaos fuzz lint proto check-proto images manifests alerts dashboard monitor
 
 help: ## Show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -21,9 +21,13 @@ demo: setup ## Train the built-in model: warm-up, then RL with two replicas, wit
 	$(BIN)/isentrope up deploy/config/demo.toml
 
 test: export OMP_NUM_THREADS := 1
-test: setup ## Unit tests, then short runs with real parts, and with parts killed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not integration and not end_to_end"
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "integration or end_to_end"
+# Three files at a time also on two processors: much of a test is waiting.
+test: setup ## Short runs with real parts, some of them killed, and unit tests beside them
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
+test-slow: export OMP_NUM_THREADS := 1
+test-slow: setup ## The tests that `make test` leaves out for their length
+	$(BIN)/python -m pytest -m slow
 
 bench: bench-head bench-methods bench-publish bench-wire ## Every benchmark but the study and the fleet; its results are in tests/bench/results
 

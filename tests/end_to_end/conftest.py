@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from services.learner.warmup import warm_up
+from shared.config import parse_run
 from tests.end_to_end.real_run import Up
 
 WARMUP = """
@@ -39,20 +38,8 @@ Start = Callable[..., Up]
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that ends its completions, and is right now and then."""
-    folder = tmp_path_factory.mktemp("warmup")
-    run_file = folder / "run.toml"
-    run_file.write_text(WARMUP)
-    trained = folder / "model"
-    subprocess.run(
-        [
-            sys.executable, "-m", "services.learner.warmup",
-            "--config", str(run_file), "--folder", str(trained),
-        ],
-        # Threads of a model this small wait for each other, long where a processor is busy.
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=300,
-    )  # fmt: skip
+    trained = tmp_path_factory.mktemp("warmup") / "model"
+    warm_up(parse_run(WARMUP), trained, report=lambda progress: None)
     return trained
 
 

@@ -57,7 +57,7 @@ max_length = 32
 name = "countdown"
 params = {{ numbers = 2 }}
 [rollout]
-num_replicas = 2
+num_replicas = {num_replicas}
 group_size = 4
 max_completion_tokens = 16
 max_concurrent_groups = 2
@@ -243,7 +243,9 @@ class Up:
                 continue
 
 
-def write_run_file(folder: Path, *, model: Path, num_steps: int, max_staleness: int) -> Path:
+def write_run_file(
+    folder: Path, *, model: Path, num_steps: int, max_staleness: int, num_replicas: int = 2
+) -> Path:
     (folder / "tmp").mkdir(exist_ok=True)
     path = folder / "run.toml"
     path.write_text(
@@ -252,6 +254,7 @@ def write_run_file(folder: Path, *, model: Path, num_steps: int, max_staleness: 
             directory=folder,
             model=model,
             max_staleness=max_staleness,
+            num_replicas=num_replicas,
             evaluated_every=EVALUATED_EVERY,
         )
     )

@@ -1,4 +1,7 @@
-"""The learner is killed, the run goes on from its checkpoint, and is interrupted by a person.
+"""The learner is killed, the run is moved and goes on, and is interrupted by a person.
+
+What is moved is the run's folder, with Redis' files in it: to another folder, where everything
+listens elsewhere and has other certificates, as on another machine.
 
 The run is synchronous, so that each token was sampled by the very weights that the learner scores
 it with, also by replicas that were ahead of the learner which came back.
@@ -58,19 +61,23 @@ class Story:
 
 @pytest.fixture(scope="module")
 def story(model: Path, tmp_path_factory: pytest.TempPathFactory, start: Callable[..., Up]) -> Story:
-    folder = tmp_path_factory.mktemp("learner")
-    run_file = write_run_file(folder, model=model, num_steps=NUM_STEPS, max_staleness=0)
-    up = start(folder, run_file, "--run-id", RUN_ID)
+    here, there = (tmp_path_factory.mktemp(name) for name in ("here", "there"))
+    up = start(here, run_file_in(here, model), "--run-id", RUN_ID)
     up.until_step(KILL_AT)
     kill_with_work_to_lose(up)
     up.wait(1)
     killed = Launch.ended(up)
 
-    up = start(folder, run_file, "--resume")
+    (here / RUN_ID).rename(there / RUN_ID)
+    up = start(there, run_file_in(there, model), "--resume", "--run-id", RUN_ID)
     up.until_step(killed.steps[-1]["step"] + 1)
     up.process.send_signal(signal.SIGINT)
     up.wait(130)
     return Story(killed, Launch.ended(up))
+
+
+def run_file_in(folder: Path, model: Path) -> Path:
+    return write_run_file(folder, model=model, num_steps=NUM_STEPS, max_staleness=0, num_replicas=1)
 
 
 def kill_with_work_to_lose(up: Up) -> None:
@@ -89,8 +96,8 @@ def kill_with_work_to_lose(up: Up) -> None:
 
 
 def test_a_killed_learner_ends_the_run_with_its_last_lines(story: Story) -> None:
-    up = story.killed.up
-    log = (up.run / "logs" / "learner.log").read_text("utf8").splitlines()
+    up, moved = story.killed.up, story.interrupted.up
+    log = (moved.run / "logs" / "learner.log").read_text("utf8").splitlines()
     assert up.errors.startswith("error: learner was killed by SIGKILL")
     assert up.errors.count("\n") == 1
     last = [line.strip() for line in up.printed.splitlines() if line.startswith("  ")]
@@ -115,6 +122,11 @@ def test_a_resumed_run_goes_on_from_its_last_checkpoint(story: Story) -> None:
     kept = [row for row in story.killed.steps if row["step"] <= story.killed.checkpoints[-1]]
     assert kept
     assert story.interrupted.steps[: len(kept)] == kept
+
+
+def test_a_run_that_was_moved_leaves_nothing_and_needs_nothing_where_it_was(story: Story) -> None:
+    assert not story.killed.up.run.exists()
+    assert str(story.killed.up.folder) not in (story.interrupted.up.run / "run.toml").read_text()
 
 
 def test_each_step_and_each_place_of_the_prompt_order_is_there_once(story: Story) -> None:
