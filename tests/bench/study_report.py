@@ -216,7 +216,8 @@ def draw_law(runs: Runs) -> Figure:
         )
         ends = [min(xs), max(xs)]
         axes.plot(ends, [b - a * x for x in ends], label=f"{label}, R² {r2.mean:.2f}", **style)
-    axes.legend(frameon=False, fontsize=8, ncols=2)
+    if axes.lines:
+        axes.legend(frameon=False, fontsize=8, ncols=2)
     return figure
 
 

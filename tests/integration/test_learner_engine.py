@@ -141,7 +141,7 @@ def trained(
 
 def distance(left: Weights, right: Weights) -> float:
     assert left.keys() == right.keys()
-    return max(float((left[name] - right[name]).abs().max()) for name in left)
+    return max((left[name] - right[name]).abs().max().item() for name in left)
 
 
 def logprobs_of(folder: Path, token_ids: list[int]) -> list[float]:
