@@ -57,6 +57,7 @@ bench-scale: setup ## Up to 200 simulated replicas against one Redis and one con
 
 bench-trl: setup ## Beside TRL's GRPO trainer, end to end and the learner alone; wants a quiet machine
 	$(BIN)/python -m tests.bench.trl_paired
+	$(BIN)/python -m tests.bench.trl_paired --tail --batches 8
 
 bench-wire: setup ## Bytes a token on the streams, and how fast they are written and read
 	$(BIN)/python -m tests.bench.wire

