@@ -232,10 +232,11 @@ async def _however_long(finish: Callable[[], Awaitable[None]], name: str) -> Non
             await asyncio.sleep(RETRY_SECONDS)
 
 
-async def adopt_orphans(
+@asynccontextmanager
+async def adopting_orphans(
     adopt: Callable[..., Awaitable[None]], registry: Registry, role: Role, *, idle_seconds: float
-) -> None:
-    """Now and then take over what consumers of this role that died had claimed; until cancelled.
+) -> AsyncIterator[None]:
+    """Within it, now and then take over what consumers of this role that died had claimed.
 
     A look costs as much as there are members, so a large fleet looks no oftener than 32 do: each
     of its members more seldom, and all together as soon.
@@ -244,6 +245,19 @@ async def adopt_orphans(
         adopt: `Stage.adopt`, or what calls it.
         idle_seconds: an entry must have been claimed this long ago.
     """
+    adopting = asyncio.create_task(
+        _adopt_orphans(adopt, registry, role, idle_seconds=idle_seconds), name="adopter"
+    )
+    try:
+        yield
+    finally:
+        adopting.cancel()
+
+
+async def _adopt_orphans(
+    adopt: Callable[..., Awaitable[None]], registry: Registry, role: Role, *, idle_seconds: float
+) -> None:
+    """Until cancelled."""
     alive: set[str] = set()
     while True:
         await asyncio.sleep(idle_seconds / 3 * max(1.0, len(alive) / LOOKERS))
@@ -252,17 +266,3 @@ async def adopt_orphans(
             await adopt(idle_seconds=idle_seconds, alive=alive)
         except StreamError as error:
             logger.warning("nothing reclaimed: %s", error)
-
-
-@asynccontextmanager
-async def adopting_orphans(
-    adopt: Callable[..., Awaitable[None]], registry: Registry, role: Role, *, idle_seconds: float
-) -> AsyncIterator[None]:
-    """`adopt_orphans`, until the end of the context."""
-    adopting = asyncio.create_task(
-        adopt_orphans(adopt, registry, role, idle_seconds=idle_seconds), name="adopter"
-    )
-    try:
-        yield
-    finally:
-        adopting.cancel()

@@ -35,7 +35,6 @@ HOMES = {
     },
     "deepspeed": {
         "services/learner/zero.py",
-        "services/learner/ranks.py",
         "services/learner/reshape.py",
     },
     "peft": {"services/learner/lora.py"},

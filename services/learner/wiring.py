@@ -27,7 +27,7 @@ from shared.metrics.learner import learner_gauges
 from shared.process import ServiceArguments
 from shared.redis_stream import Streams
 from shared.tasks.registry import load_task
-from shared.tasks.task import Problem, Task
+from shared.tasks.task import Problem
 from shared.tokenizer import Tokenizer
 
 CANARY_TOKENS = 32
@@ -44,7 +44,8 @@ def wire_learner(
     config = given.config
     task = load_task(config.task.name, config.task.params)
     tokenizer = Tokenizer(config.model_path, use_chat_template=config.model.use_chat_template)
-    ledger, feeder, evaluator = _supply(given, streams, task, tokenizer)
+    problems = task.problems("train")
+    ledger, feeder, evaluator = _supply(given, streams, problems, task.problems("eval"), tokenizer)
     inbox, reconciler = intake(
         config,
         streams,
@@ -54,7 +55,7 @@ def wire_learner(
         vocabulary=_vocabulary(config.model_path),
         on_evaluated=lambda metrics: learner.on_evaluated(metrics),
     )
-    canary = _canary(task.problems("train"), tokenizer, max_length=config.model.max_length)
+    canary = _canary(problems, tokenizer, max_length=config.model.max_length)
     learner = Learner(
         config=config,
         run_folder=given.run_folder,
@@ -77,10 +78,14 @@ def wire_learner(
 
 
 def _supply(
-    given: ServiceArguments, streams: Streams, task: Task, tokenizer: Tokenizer
+    given: ServiceArguments,
+    streams: Streams,
+    problems: Sequence[Problem],
+    eval_problems: Sequence[Problem],
+    tokenizer: Tokenizer,
 ) -> tuple[Ledger, Feeder, Evaluator]:
     """What issues prompts, and what keeps the account of them."""
-    config, problems = given.config, task.problems("train")
+    config = given.config
     ledger = Ledger(run_id=given.run_id, num_problems=len(problems), seed=config.run.seed)
     feeder = Feeder(
         config=config,
@@ -93,7 +98,7 @@ def _supply(
         config=config,
         run_id=given.run_id,
         prompts=streams.prompts,
-        problems=task.problems("eval"),
+        problems=eval_problems,
         tokenizer=tokenizer,
     )
     return ledger, feeder, evaluator

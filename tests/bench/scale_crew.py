@@ -23,7 +23,7 @@ from shared.lease import Registry
 from shared.process import ServiceArguments, end_with_parent
 from shared.records import Outcome, Score
 from shared.redis_stream import Streams, open_streams
-from shared.stage import adopt_orphans
+from shared.stage import adopting_orphans
 from tests.rollout.simulated import Simulation, run_simulated
 
 RUN_ID = "scale"
@@ -156,25 +156,19 @@ async def _run_verifier(place: Place) -> None:
             max_attempts=config.redis.max_attempts,
         )
         registry = Registry(streams.client, prefix=streams.prefix)
-        async with registry.hold(
-            "verifier",
-            "verifier-0",
-            address="127.0.0.1:0",
-            metrics_address="127.0.0.1:0",
-            seconds=config.network.lease_seconds,
+        async with (
+            registry.hold(
+                "verifier",
+                "verifier-0",
+                address="127.0.0.1:0",
+                metrics_address="127.0.0.1:0",
+                seconds=config.network.lease_seconds,
+            ),
+            adopting_orphans(
+                worker.adopt, registry, "verifier", idle_seconds=config.redis.reclaim_seconds
+            ),
         ):
-            adopting = asyncio.create_task(
-                adopt_orphans(
-                    worker.adopt,
-                    registry,
-                    "verifier",
-                    idle_seconds=config.redis.reclaim_seconds,
-                )
-            )
-            try:
-                await worker.run(asyncio.Event())
-            finally:
-                adopting.cancel()
+            await worker.run(asyncio.Event())
 
 
 @dataclass(frozen=True, slots=True)

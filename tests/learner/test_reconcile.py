@@ -234,6 +234,8 @@ class Storm:
             dead=impatient("dead_letter"),
             replace_degenerate=True,
         )
+        # What a roll-back brings back to the learner is found without a wait.
+        self.scene.inbox = self.scene.make_inbox(lost_seconds=0.0)
         self.reconciler = self.scene.make_reconciler()
         self.earlier: list[dict[str, Any]] = self._contents()
 
@@ -316,10 +318,7 @@ class Storm:
 @settings(max_examples=60)
 def test_a_run_on_a_redis_that_forgets_trains_each_place_once_and_ends(seed: int) -> None:
     storm = Storm(Random(seed))
-    with pytest.MonkeyPatch.context() as patch:
-        # What a roll-back brings back to the learner is found without a wait.
-        patch.setattr("services.learner.inbox.LOST_SECONDS", 0.0)
-        asyncio.run(storm.go())
+    asyncio.run(storm.go())
     measured = [{"step": row["step"], "seconds": 1.0} for row in storm.rows]
     found = audit(storm.rows, measured, seed=1, num_steps=NUM_STEPS)
     assert found.is_right, found.faults
