@@ -46,9 +46,9 @@ class TokenRecord:
         entropy_before, measured_logprobs: of the learner's weights before the update.
         entropy_after, mean_pull: after and before it, in steps that compare the entropy's change
             with its prediction.
-        clamped_entropy, removed_mass: before the update.
         proximal_logprobs: what ratio and weight are taken against.
-        target_logprobs: of the weights each token's gradient was taken at.
+        target_logprobs, clamped_entropy, removed_mass: of the weights each token's gradient was
+            taken at.
         weights: off-policy, None without correction.
         clipped: where the surrogate's clip bound, (low, high); None without it.
         selected: by the covariance method, None without one; `quota` is what it could select.

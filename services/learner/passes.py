@@ -76,27 +76,22 @@ class TokenTable:
 class Passes:
     """Passes without gradient over micro-batches, at the training temperature unless named."""
 
-    def __init__(
-        self, model: TrainedModel, ranks: Ranks, *, temperature: float, clamp_p: float | None
-    ) -> None:
+    def __init__(self, model: TrainedModel, ranks: Ranks, *, temperature: float) -> None:
         """As `TrainedModel.forward` takes them."""
         self._model = model
         self._ranks = ranks
         self._temperature = temperature
-        self._clamp_p = clamp_p
 
     def before(
         self, micro_batches: Sequence[MicroBatch], shape: torch.Size, *, with_mean_pull: bool
     ) -> dict[str, Tensor]:
-        """All statistics of the weights before an update, and `natural_entropy`, at temperature 1.
+        """Statistics of the weights before an update, and `natural_entropy`, at temperature 1.
+
+        Not the clamped entropy: it is dear, and the training passes have it anyway.
 
         Give it the micro-batches of the training passes: on policy the ratio is then exactly 1.
         """
-        names = ["logprob", "entropy"]
-        if self._clamp_p is not None:
-            names += ["clamped_entropy", "removed_mass"]
-        if with_mean_pull:
-            names.append("mean_pull")
+        names = ["logprob", "entropy", *(["mean_pull"] if with_mean_pull else [])]
         measured = self.statistics(names, micro_batches, shape)
         natural = measured
         if self._temperature != 1.0:
@@ -122,7 +117,6 @@ class Passes:
             statistics = known or self._model.forward(
                 micro_batch,
                 temperature=temperature or self._temperature,
-                clamp_p=self._clamp_p if "clamped_entropy" in names else None,
                 with_mean_pull="mean_pull" in names,
             )
             return statistics._asdict()

@@ -45,7 +45,7 @@ from shared.config import RunConfig
 from shared.records import ScoredGroup
 from shared.rl.entropy import TokenStatistics
 
-DURING = ("target", "entropy", "selected", "kept", "clamped")
+DURING = ("target", "entropy", "clamped_entropy", "removed_mass", "selected", "kept")
 """What a step's table holds of the weights that each token's gradient was taken at."""
 
 
@@ -71,9 +71,7 @@ class Trainer:
         self._ranks = ranks
         self._temperature = config.rollout.temperature
         self._objective = Objective(config)
-        self._passes = Passes(
-            model, ranks, temperature=self._temperature, clamp_p=self._objective.clamp_p
-        )
+        self._passes = Passes(model, ranks, temperature=self._temperature)
         self.coefficient = EntropyCoefficient(config)
 
     def train(self, groups: Sequence[ScoredGroup], *, step: int, policy_version: int) -> StepReport:
@@ -308,7 +306,8 @@ class Trainer:
         seen = {
             "target": spread.logprob,
             "entropy": spread.entropy,
-            "clamped": spread.clamped_entropy,
+            "clamped_entropy": spread.clamped_entropy,
+            "removed_mass": spread.removed_mass,
             "selected": mine.selected,
             "kept": mine.kept,
         }
@@ -322,7 +321,7 @@ class Trainer:
     def _control(self, during: dict[str, Tensor], mask: Tensor) -> None:
         """Show the controller the entropies of all tokens of the step."""
         entropy, clamped = (
-            float(during[name][mask].double().mean()) for name in ("entropy", "clamped")
+            float(during[name][mask].double().mean()) for name in ("entropy", "clamped_entropy")
         )
         self.coefficient.observe(entropy=entropy, clamped_entropy=clamped)
 
@@ -345,6 +344,7 @@ class Trainer:
     ) -> TokenRecord:
         objective, target = self._objective, during["target"]
         inputs = objective.anchored(target, state.inputs)
+        is_clamped = objective.clamp_p is not None
         ratio_kept = None
         if objective.clips_entropy_ratio:
             ratio_kept = objective.entropy_ratio_kept(during["entropy"], inputs)
@@ -359,8 +359,8 @@ class Trainer:
             entropy_before=before["entropy"],
             entropy_after=entropy_after,
             mean_pull=before.get("mean_pull"),
-            clamped_entropy=before.get("clamped_entropy"),
-            removed_mass=before.get("removed_mass"),
+            clamped_entropy=during["clamped_entropy"] if is_clamped else None,
+            removed_mass=during["removed_mass"] if is_clamped else None,
             reference_logprobs=inputs.reference_logprobs,
             weights=objective.weights(inputs) if objective.is_weighted else None,
             clipped=objective.clipped(target, inputs) if objective.is_clipped else None,

@@ -164,7 +164,7 @@ class PlainModel:
         max_grad_norm: float = 1.0,
     ) -> None:
         self.module = module
-        self.num_forwards = 0
+        self.num_forwards = self.num_clamped = 0
         self._reference = copy.deepcopy(module).requires_grad_(False)
         self._optimizer = optimizer
         self._ranks = ranks
@@ -183,6 +183,7 @@ class PlainModel:
         with_mean_pull: bool = False,
     ) -> TokenStatistics:
         self.num_forwards += 1
+        self.num_clamped += clamp_p is not None
         return read_statistics(
             self.module,
             micro_batch,

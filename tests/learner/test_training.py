@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from services.learner.balance import PassCost
-from services.learner.batch import build_batch, plan_micro_batches
+from services.learner.batch import build_batch, collate, plan_micro_batches
 from services.learner.loss_modes import LOSS_MODES, OFF_POLICY_WEIGHTS
 from shared.config import RunConfig
 from shared.records import ScoredGroup
@@ -109,6 +110,34 @@ def count_micro_batches(tokens: int, cuts: int, *, only_first: bool = False) -> 
             )
             total += len(plan[0])
     return total
+
+
+@pytest.mark.parametrize("tokens", [WHOLE, SMALL])
+def test_the_clamp_is_computed_in_training_passes_alone_and_reported_of_their_weights(
+    tokens: int,
+) -> None:
+    aent = {"method": "aent", "entropy_coeff": 0.002}
+    config = config_of(tokens=tokens, learner=FAST, entropy=aent)
+    trainer = make_trainer(config)
+    fresh = make_trainer(config)
+    (report,) = train_steps(trainer, [sampled_groups(0)])
+    assert trainer.plain.num_clamped * 2 == trainer.plain.num_forwards
+    batch = build_batch(sampled_groups(0), config, policy_version=0)
+    whole = fresh.plain.forward(
+        collate(batch, range(len(batch.rows))), temperature=1.0, clamp_p=config.entropy.clamp_p
+    )
+    record = trainer.records[0]
+    for name in ("clamped_entropy", "removed_mass"):
+        reported, before = getattr(record, name), torch.zeros(record.mask.shape)
+        before[record.mask] = getattr(whole, name).detach().float()
+        first, second = (list(rows) for rows in batch.minibatches)
+        torch.testing.assert_close(reported[first], before[first])
+        assert not torch.allclose(reported[second], before[second], atol=1e-3)
+    assert record.clamped_entropy is not None
+    seen = float(record.clamped_entropy[record.mask].double().mean())
+    assert report.metrics["entropy_clamped"] == seen
+    fresh.coefficient.observe(entropy=math.nan, clamped_entropy=seen)
+    assert trainer.coefficient.state_dict() == fresh.coefficient.state_dict()
 
 
 @pytest.mark.parametrize("cuts", [1, 2])
