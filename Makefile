@@ -7,7 +7,7 @@ PROTOS := $(wildcard protos/*.proto)
 SERVICE_PROTOS := $(shell grep -l '^service ' $(PROTOS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow bench bench-async bench-entropy bench-head bench-learner bench-methods bench-mismatch bench-publish bench-scale bench-trl bench-wire chaos fuzz lint proto check-proto images manifests alerts dashboard monitor
+.PHONY: help setup demo test test-slow bench bench-async bench-data bench-entropy bench-head bench-learner bench-methods bench-mismatch bench-publish bench-scale bench-trl bench-wire chaos fuzz lint proto check-proto images manifests alerts dashboard monitor
 
 help: ## Show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -29,10 +29,13 @@ test-slow: export OMP_NUM_THREADS := 1
 test-slow: setup ## The tests that `make test` leaves out for their length
 	$(BIN)/python -m pytest -m slow
 
-bench: bench-head bench-methods bench-publish bench-wire ## Every benchmark but the study and the fleet; its results are in tests/bench/results
+bench: bench-data bench-head bench-methods bench-publish bench-wire ## Every benchmark but the study and the fleet; its results are in tests/bench/results
 
 bench-async: setup ## Samples ahead beside waiting for each batch, learner and replica on a core each
 	$(BIN)/python -m tests.bench.learner_async
+
+bench-data: setup ## How a batch gets to the learner's ranks: handed out, or read by each from Redis
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.data_path
 
 bench-entropy: setup ## The entropy study: 10 arms x 5 seeds, 1 to 2 h on two cores; goes on where it stopped
 	$(BIN)/python -m tests.bench.entropy_study

@@ -77,6 +77,14 @@ def plan_passes(
     return plan
 
 
+def rows_by_rank(plans: Sequence[Plan], num_ranks: int) -> list[list[int]]:
+    """The rows that each rank passes over in any of the plans, ascending."""
+    return [
+        sorted(row for plan in plans for rows in plan[rank] for row in rows)
+        for rank in range(num_ranks)
+    ]
+
+
 def _place(
     order: Sequence[int],
     loads: Mapping[int, Load],

@@ -1,8 +1,9 @@
 """A batch on its way from rank 0: of each row what all ranks plan by, its tokens to one rank alone.
 
 Rank 0 has read, decoded and admitted the groups, so it hands their tokens on. Were each rank to
-read its own from Redis, every rank would need a connection, credentials and patience with an
-outage, amid a step that the others have entered; and the bytes that leave one host are the same.
+read its own from Redis, the one server would send a group to every rank that has a row of it, and
+every rank would need a connection, credentials and patience with an outage, amid a step that the
+others have entered: `make bench-data` measures both ways.
 Log-probs and staleness per token, which a choice over the whole batch looks at, go with the tokens
 and are shared over the training device (`services.learner.training`).
 """

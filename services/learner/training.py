@@ -25,7 +25,7 @@ from torch import Tensor
 
 from services.learner.advantages import shape_advantages
 from services.learner.ahead import made_ahead
-from services.learner.balance import Plan
+from services.learner.balance import Plan, rows_by_rank
 from services.learner.batch import (
     Batch,
     MicroBatch,
@@ -82,10 +82,7 @@ class Trainer:
     def shares(self, batch: Batch) -> list[list[int]]:
         """The rows that each rank passes over, ascending."""
         plans = [self._plan(batch, rows) for rows in batch.minibatches]
-        return [
-            sorted(row for plan in plans for rows in plan[rank] for row in rows)
-            for rank in range(self._ranks.world_size)
-        ]
+        return rows_by_rank(plans, self._ranks.world_size)
 
     def train_batch(self, batch: Batch, *, step: int) -> StepReport:
         """The step on every rank, each with at least its share's tokens.
