@@ -63,7 +63,7 @@ class Batch:
         minibatches: ranges of row numbers, in order, none empty; they cover all rows.
         mask: [R, C] bool.
         advantages, behaviour_logprobs: [R, C] float32, 0 outside mask.
-        staleness: [R, C] int64, of the version that sampled the token; 0 outside mask.
+        staleness: [R, C] int32, of the version that sampled the token; 0 outside mask.
         uid_hashes: [R] int64.
     """
 
@@ -95,7 +95,7 @@ class Batch:
             mask=mask,
             advantages=torch.where(mask, of_rows.unsqueeze(1), 0.0),
             behaviour_logprobs=torch.zeros(mask.shape),
-            staleness=torch.zeros(mask.shape, dtype=torch.int64),
+            staleness=torch.zeros(mask.shape, dtype=torch.int32),
             uid_hashes=torch.tensor([row.uid_hash for row in rows], dtype=torch.int64),
         )
 

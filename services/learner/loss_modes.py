@@ -44,7 +44,7 @@ class TokenInputs:
 
     Attributes:
         proximal_logprobs, proximal_entropy: of the learner's weights at the batch's start.
-        staleness: int64, of the version that sampled the token.
+        staleness: int32, of the version that sampled the token.
         keys: int64, from `token_keys`; None where the loss selects no tokens.
         reference_logprobs: of the frozen reference model; None without one.
     """

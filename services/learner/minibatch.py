@@ -23,13 +23,13 @@ from services.learner.ranks import Ranks
 from shared.config import RunConfig
 from shared.rl.entropy import TokenStatistics
 
-DURING = ("target", "entropy", "clamped_entropy", "removed_mass", "selected", "kept")
-"""What a step's table holds of the weights that each token's gradient was taken at."""
-
 
 @dataclass(frozen=True, slots=True)
 class StepState:
-    """A step under way; `micro_batches` are this rank's, by mini-batch."""
+    """A step under way; `micro_batches` are this rank's, by mini-batch.
+
+    `table` holds what the training passes saw, under the names of `seen_names`.
+    """
 
     number: int
     batch: Batch
@@ -121,7 +121,7 @@ class Minibatches:
         logprobs, entropy = inputs.proximal_logprobs, inputs.proximal_entropy
         if number > 0 and self._chooses_by_new_weights:
             measured = self._passes.statistics(
-                ["logprob", "entropy"], state.micro_batches[number], mask.shape, known=first
+                ["logprob", "entropy"], state.micro_batches[number], mask, known=first
             )
             logprobs, entropy = measured["logprob"][rows], measured["entropy"][rows]
         choice = self._objective.choose(logprobs, entropy, inputs)
@@ -170,17 +170,10 @@ class Minibatches:
             mine = self._objective.choose(spread.logprob, spread.entropy, inputs)
         else:
             mine = self._objective.choose(inputs.proximal_logprobs, inputs.proximal_entropy, inputs)
-        seen = {
-            "target": spread.logprob,
-            "entropy": spread.entropy,
-            "clamped_entropy": spread.clamped_entropy,
-            "removed_mass": spread.removed_mass,
-            "selected": mine.selected,
-            "kept": mine.kept,
-        }
-        for name, values in seen.items():
-            if values is not None:
-                state.table.put(name, micro_batch, values[micro_batch.mask])
+        seen = _seen(spread, mine)
+        state.table.put(
+            micro_batch, {name: values[micro_batch.mask] for name, values in seen.items()}
+        )
         return self._objective.loss(
             spread, inputs, mine, totals=totals, coefficient=self._coefficient.at(state.number)
         )
@@ -198,3 +191,23 @@ def _spread(micro_batch: MicroBatch, statistics: TokenStatistics) -> TokenStatis
     return TokenStatistics(
         *(None if each is None else micro_batch.spread(each) for each in statistics)  # type: ignore[arg-type]
     )
+
+
+def _seen(statistics: TokenStatistics, choice: Choice) -> dict[str, Tensor]:
+    """What a step's table holds of the weights that each token's gradient was taken at."""
+    every = {
+        "target": statistics.logprob,
+        "entropy": statistics.entropy,
+        "clamped_entropy": statistics.clamped_entropy,
+        "removed_mass": statistics.removed_mass,
+        "selected": choice.selected,
+        "kept": choice.kept,
+    }
+    return {name: values for name, values in every.items() if values is not None}
+
+
+def seen_names(objective: Objective) -> list[str]:
+    """Of what `StepState.table` holds under an objective."""
+    clamped = ["clamped_entropy", "removed_mass"] if objective.clamp_p is not None else []
+    selected = ["selected"] if objective.selects else []
+    return ["target", "entropy", *clamped, *selected, *(["kept"] if objective.keeps_top else [])]

@@ -1,11 +1,12 @@
 """What the trainer asks of the model, and the passes over a batch that only measure.
 
-Each rank passes over its own micro-batches; what comes back is whole, [R, C], on all of them.
+Each rank passes over its own micro-batches; what comes back is whole, [R, C], on all of them, for
+the tokens of a mask [R, C] on the training device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -53,24 +54,37 @@ class TrainedModel(Protocol):
 
 
 class TokenTable:
-    """Named matrices [R, C]; each rank fills the rows it has, `share` makes them whole."""
+    """Named values of every token of a batch; each rank fills its rows, `share` makes them whole.
 
-    def __init__(self, names: Sequence[str], shape: torch.Size, ranks: Ranks) -> None:
-        """All zeros."""
+    Until then they lie one after another, so that neither memory nor what ranks exchange grows
+    with the longest completion.
+    """
+
+    def __init__(self, names: Sequence[str], mask: Tensor, ranks: Ranks) -> None:
+        """All zeros; mask [R, C] is True on the batch's tokens."""
+        lengths = mask.sum(-1)
         self._names = tuple(names)
-        self._values = torch.zeros(len(names), *shape, device=ranks.device)
+        self._mask = mask
+        self._starts = lengths.cumsum(0) - lengths
+        self._values = torch.zeros(len(names), int(lengths.sum()), device=ranks.device)
         self._ranks = ranks
 
-    def put(self, name: str, micro_batch: MicroBatch, values: Tensor) -> None:
-        """The values [N] of a micro-batch's tokens."""
-        spread = micro_batch.spread(values.detach().float())
-        matrix = self._values[self._names.index(name)]
-        matrix[list(micro_batch.rows), : spread.shape[1]] = spread
+    def put(self, micro_batch: MicroBatch, values: Mapping[str, Tensor]) -> None:
+        """By name, the values [N] of a micro-batch's tokens."""
+        row, column = micro_batch.mask.nonzero(as_tuple=True)
+        places = self._starts[list(micro_batch.rows)][row] + column
+        for name, each in values.items():
+            self._values[self._names.index(name), places] = each.detach().float()
 
     def share(self) -> dict[str, Tensor]:
-        """The matrices of all ranks; exact, because every value is added to zeros."""
+        """Those of all ranks, [N] in the mask's order; exact, because each is added to zeros."""
         self._ranks.sum_in_place(self._values)
         return dict(zip(self._names, self._values, strict=True))
+
+
+def as_matrix(values: Tensor, mask: Tensor) -> Tensor:
+    """[N] to [R, C], 0 outside mask."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 class Passes:
@@ -83,7 +97,7 @@ class Passes:
         self._temperature = temperature
 
     def before(
-        self, micro_batches: Sequence[MicroBatch], shape: torch.Size, *, with_mean_pull: bool
+        self, micro_batches: Sequence[MicroBatch], mask: Tensor, *, with_mean_pull: bool
     ) -> dict[str, Tensor]:
         """Statistics of the weights before an update, and `natural_entropy`, at temperature 1.
 
@@ -92,17 +106,17 @@ class Passes:
         Give it the micro-batches of the training passes: on policy the ratio is then exactly 1.
         """
         names = ["logprob", "entropy", *(["mean_pull"] if with_mean_pull else [])]
-        measured = self.statistics(names, micro_batches, shape)
+        measured = self.statistics(names, micro_batches, mask)
         natural = measured
         if self._temperature != 1.0:
-            natural = self.statistics(["entropy"], micro_batches, shape, temperature=1.0)
+            natural = self.statistics(["entropy"], micro_batches, mask, temperature=1.0)
         return {**measured, "natural_entropy": natural["entropy"]}
 
     def statistics(
         self,
         names: Sequence[str],
         micro_batches: Iterable[MicroBatch],
-        shape: torch.Size,
+        mask: Tensor,
         *,
         temperature: float | None = None,
         known: TokenStatistics | None = None,
@@ -121,31 +135,34 @@ class Passes:
             )
             return statistics._asdict()
 
-        return self._share(names, micro_batches, shape, measure)
+        return self._share(names, micro_batches, mask, measure)
 
-    def reference_logprobs(self, micro_batches: Iterable[MicroBatch], shape: torch.Size) -> Tensor:
+    def reference_logprobs(self, micro_batches: Iterable[MicroBatch], mask: Tensor) -> Tensor:
         """Of the frozen reference model."""
 
         def measure(micro_batch: MicroBatch) -> dict[str, Tensor | None]:
             logprobs = self._model.reference_logprobs(micro_batch, temperature=self._temperature)
             return {"logprob": logprobs}
 
-        return self._share(["logprob"], micro_batches, shape, measure)["logprob"]
+        return self._share(["logprob"], micro_batches, mask, measure)["logprob"]
 
     def _share(
         self,
         names: Sequence[str],
         micro_batches: Iterable[MicroBatch],
-        shape: torch.Size,
+        mask: Tensor,
         measure: Callable[[MicroBatch], dict[str, Tensor | None]],
     ) -> dict[str, Tensor]:
-        table = TokenTable(names, shape, self._ranks)
+        table = TokenTable(names, mask, self._ranks)
         with torch.no_grad():
             for micro_batch in micro_batches:
                 values = measure(micro_batch)
                 if micro_batch.rows:
-                    for name in names:
-                        value = values[name]
-                        assert value is not None, f"{name} was not measured"
-                        table.put(name, micro_batch, value)
-        return table.share()
+                    table.put(micro_batch, {name: _measured(values, name) for name in names})
+        return {name: as_matrix(each, mask) for name, each in table.share().items()}
+
+
+def _measured(values: Mapping[str, Tensor | None], name: str) -> Tensor:
+    value = values[name]
+    assert value is not None, f"{name} was not measured"
+    return value

@@ -99,7 +99,7 @@ def with_tokens(batch: Batch, rows: Sequence[int], packed: bytes) -> Batch:
     token_ids = array("I", packed[: 4 * ends[-1]])
     middle = (len(packed) + 4 * ends[-1]) // 2
     logprobs = _tensor(packed[4 * ends[-1] : middle], torch.float32)
-    ages = _tensor(packed[middle:], torch.int32).long()
+    ages = _tensor(packed[middle:], torch.int32)
     whole = list(batch.rows)
     for row, (start, stop) in zip(rows, pairwise(ends), strict=True):
         whole[row] = replace(whole[row], token_ids=token_ids[start:stop])

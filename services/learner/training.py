@@ -14,7 +14,8 @@ knows at the end what was measured on all of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
 
@@ -35,9 +36,9 @@ from services.learner.coefficient import EntropyCoefficient
 from services.learner.diagnostics import TokenRecord
 from services.learner.loss_modes import TokenInputs
 from services.learner.measures import StepReport, Update, step_report
-from services.learner.minibatch import DURING, Minibatches, StepState
+from services.learner.minibatch import Minibatches, StepState, seen_names
 from services.learner.objective import Objective
-from services.learner.passes import Passes, TokenTable, TrainedModel
+from services.learner.passes import Passes, TokenTable, TrainedModel, as_matrix
 from services.learner.ranks import Ranks
 from shared.config import RunConfig
 from shared.records import ScoredGroup
@@ -78,25 +79,25 @@ class Trainer:
             return self._report(batch, None, [])
         plans = tuple(self._plan(batch, rows) for rows in batch.minibatches)
         mine = [rows for plan in plans for rows in plan[self._ranks.rank]]
-        compares = self._compares_entropy(step)
+        compares, mask = self._compares_entropy(step), batch.mask.to(self._ranks.device)
         with made_ahead(partial(self._collate, batch), mine, name="packing") as every:
-            before = self._passes.before(every, batch.mask.shape, with_mean_pull=compares)
+            before = self._passes.before(every, mask, with_mean_pull=compares)
         ends = accumulate((len(plan[self._ranks.rank]) for plan in plans), initial=0)
         state = StepState(
             number=step,
             batch=batch,
             plans=plans,
             micro_batches=tuple(tuple(every[start:end]) for start, end in pairwise(ends)),
-            inputs=self._inputs(batch, every, before, step),
-            table=TokenTable(DURING, batch.mask.shape, self._ranks),
+            inputs=self._inputs(batch, mask, every, before, step),
+            table=TokenTable(seen_names(self._objective), mask, self._ranks),
         )
         updates = [self._minibatches.update(state, number) for number in range(len(plans))]
         during = state.table.share()
         after = None
         if compares:
-            after = self._passes.statistics(["entropy"], every, batch.mask.shape)["entropy"]
-        record = self._record(state, before, during, after)
-        self._control(during, state.inputs.mask)
+            after = self._passes.statistics(["entropy"], every, mask)["entropy"]
+        self._control(during)
+        record = self._record(state, before, during, after) if batch.groups else None
         return self._report(batch, record, updates)
 
     def _report(
@@ -121,14 +122,14 @@ class Trainer:
     def _inputs(
         self,
         batch: Batch,
+        mask: Tensor,
         micro_batches: Sequence[MicroBatch],
         before: dict[str, Tensor],
         step: int,
     ) -> TokenInputs:
-        device = self._ranks.device
-        mask, logprobs = batch.mask.to(device), before["logprob"]
+        logprobs = before["logprob"]
         advantages = shape_advantages(
-            batch.advantages.to(device),
+            batch.advantages.to(self._ranks.device),
             mask,
             logprobs,
             [row.group for row in batch.rows],
@@ -136,15 +137,15 @@ class Trainer:
         )
         reference = None
         if self._objective.has_reference:
-            reference = self._passes.reference_logprobs(micro_batches, mask.shape)
-        sampled = self._sampled(batch, micro_batches)
+            reference = self._passes.reference_logprobs(micro_batches, mask)
+        sampled = self._sampled(batch, mask, micro_batches)
         return TokenInputs(
             mask=mask,
             advantages=advantages,
             behaviour_logprobs=sampled["behaviour"],
             proximal_logprobs=logprobs,
             proximal_entropy=before["entropy"],
-            staleness=sampled["staleness"].long(),
+            staleness=sampled["staleness"].int(),
             keys=self._keys(batch, step),
             reference_logprobs=reference,
         )
@@ -154,7 +155,9 @@ class Trainer:
             return None
         return selection_keys(batch, seed=self._config.run.seed, step=step).to(self._ranks.device)
 
-    def _sampled(self, batch: Batch, micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
+    def _sampled(
+        self, batch: Batch, mask: Tensor, micro_batches: Sequence[MicroBatch]
+    ) -> dict[str, Tensor]:
         """Whole on every rank, [R, C], from what each has of its own rows."""
         device = self._ranks.device
         held = {
@@ -163,22 +166,25 @@ class Trainer:
         }
         if self._ranks.world_size == 1:
             return held
-        table = TokenTable(tuple(held), batch.mask.shape, self._ranks)
+        table = TokenTable(tuple(held), mask, self._ranks)
         for micro_batch in micro_batches:
-            if micro_batch.rows:
-                rows, width = list(micro_batch.rows), micro_batch.mask.shape[1]
-                for name, values in held.items():
-                    table.put(name, micro_batch, values[rows, :width][micro_batch.mask])
-        return table.share()
+            rows, width = list(micro_batch.rows), micro_batch.mask.shape[1]
+            if rows:
+                mine = {
+                    name: values[rows, :width][micro_batch.mask] for name, values in held.items()
+                }
+                table.put(micro_batch, mine)
+        return {name: as_matrix(each, mask) for name, each in table.share().items()}
 
     def _compares_entropy(self, step: int) -> bool:
         every = self._config.diagnostics.entropy_change_every_steps
         return every > 0 and step % every == 0
 
-    def _control(self, during: dict[str, Tensor], mask: Tensor) -> None:
+    def _control(self, during: Mapping[str, Tensor]) -> None:
         """Show the controller the entropies of all tokens of the step."""
         entropy, clamped = (
-            float(during[name][mask].double().mean()) for name in ("entropy", "clamped_entropy")
+            float(during[name].double().mean()) if name in during else math.nan
+            for name in ("entropy", "clamped_entropy")
         )
         self.coefficient.observe(entropy=entropy, clamped_entropy=clamped)
 
@@ -196,12 +202,12 @@ class Trainer:
         self,
         state: StepState,
         before: dict[str, Tensor],
-        during: dict[str, Tensor],
+        flat: Mapping[str, Tensor],
         entropy_after: Tensor | None,
     ) -> TokenRecord:
+        during = {name: as_matrix(each, state.inputs.mask) for name, each in flat.items()}
         objective, target = self._objective, during["target"]
         inputs = objective.anchored(target, state.inputs)
-        is_clamped = objective.clamp_p is not None
         ratio_kept = None
         if objective.clips_entropy_ratio:
             ratio_kept = objective.entropy_ratio_kept(during["entropy"], inputs)
@@ -216,8 +222,8 @@ class Trainer:
             entropy_before=before["entropy"],
             entropy_after=entropy_after,
             mean_pull=before.get("mean_pull"),
-            clamped_entropy=during["clamped_entropy"] if is_clamped else None,
-            removed_mass=during["removed_mass"] if is_clamped else None,
+            clamped_entropy=during.get("clamped_entropy"),
+            removed_mass=during.get("removed_mass"),
             reference_logprobs=inputs.reference_logprobs,
             weights=objective.weights(inputs) if objective.is_weighted else None,
             clipped=objective.clipped(target, inputs) if objective.is_clipped else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from services.learner.balance import PassCost
 from services.learner.batch import build_batch, collate, plan_micro_batches
 from services.learner.loss_modes import LOSS_MODES, OFF_POLICY_WEIGHTS
+from services.learner.ranks import Ranks
 from shared.config import RunConfig
 from shared.records import ScoredGroup
 from tests.learner.fakes import (
@@ -374,3 +375,27 @@ def test_a_controller_sees_one_entropy_a_step_and_none_of_a_batch_without_verdic
     assert trainer.coefficient.at(3) == pytest.approx(2e-4)
     train_steps(trainer, [[]], first_step=3)
     assert trainer.coefficient.at(4) == pytest.approx(2e-4)
+
+
+class HearingRanks(Ranks):
+    """One rank that notes how many numbers it was asked to exchange."""
+
+    heard: ClassVar[list[int]] = []
+
+    def sum_in_place(self, values: Tensor) -> None:
+        self.heard.append(values.numel())
+
+
+@pytest.mark.parametrize("loss", [{}, CLIP_COV], ids=["vanilla", "clip_cov"])
+def test_what_ranks_exchange_is_as_much_as_there_are_tokens_however_long_the_longest_row(
+    loss: dict[str, Any],
+) -> None:
+    config = config_of(loss, cuts=1)
+    batch = build_batch(sampled_groups(0), config, policy_version=0)
+    num_tokens = int(batch.mask.sum())
+    assert num_tokens < batch.mask.numel()
+    HearingRanks.heard.clear()
+    trainer = make_trainer(config, ranks=HearingRanks(0, 1, torch.device("cpu"), None))
+    train_steps(trainer, [sampled_groups(0)])
+    # Log-prob and entropy before, then of the gradient's weights; who was selected; four losses.
+    assert sum(HearingRanks.heard) == num_tokens * (4 + bool(loss)) + 4
