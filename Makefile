@@ -7,7 +7,7 @@ PROTOS := $(wildcard protos/*.proto)
 SERVICE_PROTOS := $(shell grep -l '^service ' $(PROTOS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow bench bench-async bench-data bench-entropy bench-head bench-learner bench-methods bench-mismatch bench-publish bench-scale bench-trl bench-wire chaos fuzz lint proto check-proto images manifests alerts dashboard monitor
+.PHONY: help setup demo test test-slow bench bench-async bench-checkpoint bench-data bench-entropy bench-head bench-learner bench-methods bench-mismatch bench-publish bench-scale bench-trl bench-wire chaos fuzz lint proto check-proto images manifests alerts dashboard monitor
 
 help: ## Show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -29,10 +29,13 @@ test-slow: export OMP_NUM_THREADS := 1
 test-slow: setup ## The tests that `make test` leaves out for their length
 	$(BIN)/python -m pytest -m slow
 
-bench: bench-data bench-head bench-methods bench-publish bench-wire ## Every benchmark but the study and the fleet; its results are in tests/bench/results
+bench: bench-data bench-head bench-methods bench-publish bench-wire ## The short benchmarks: data path, head, methods, publication, wire; results in tests/bench/results
 
 bench-async: setup ## Samples ahead beside waiting for each batch, learner and replica on a core each
 	$(BIN)/python -m tests.bench.learner_async
+
+bench-checkpoint: setup ## What a checkpoint costs training: the copy, and the step beside its writing
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.checkpoint
 
 bench-data: setup ## How a batch gets to the learner's ranks: handed out, or read by each from Redis
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.data_path
@@ -89,9 +92,9 @@ check-proto: proto ## Fail if the committed Python is not what protos/ says
 images: ## Build the verifier's and the CPU engine's image, on a Debian of its own making; needs root
 	deploy/images/build.sh
 
-manifests: setup $(OPS)/.ready ## Everything that can be known of the Kubernetes manifests without a cluster
+manifests: setup $(OPS)/.ready ## All that can be known of the manifests without a cluster; of your own: OVERLAY=folder
 	$(OPS)/bin/hadolint deploy/images/*.Dockerfile
-	$(BIN)/python -m tests.kubernetes.check_manifests $(OPS)/bin
+	$(BIN)/python -m tests.kubernetes.check_manifests $(OPS)/bin $(if $(OVERLAY),--overlay $(OVERLAY))
 
 $(OPS)/.ready: deploy/requirements/ops.txt
 	$${PYTHON:-python3.11} -m venv $(OPS)

@@ -91,14 +91,16 @@ class LearnerServicer(object):
 
     def Checkpoint(self, request, context):
         """Write a checkpoint after the current step; returns its folder.
-        DEADLINE_EXCEEDED: the step did not end in time. ABORTED: the checkpoint could not be written.
+        DEADLINE_EXCEEDED: the step did not end in time. ABORTED: the checkpoint could not be written,
+        or the run ended first. FAILED_PRECONDITION: the run has finished.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Stop(self, request, context):
-        """Finish the current step, write a checkpoint and end the run. OK always.
+        """Finish the current step, write a checkpoint and end the run. OK always; after the last step it
+        does nothing. Whatever started the process may start it again: a cluster does.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

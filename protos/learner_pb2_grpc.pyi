@@ -38,10 +38,13 @@ class LearnerStub:
     Resume: _grpc.UnaryUnaryMultiCallable[_learner_pb2.ResumeRequest, _learner_pb2.ResumeResponse]
     Checkpoint: _grpc.UnaryUnaryMultiCallable[_learner_pb2.CheckpointRequest, _learner_pb2.CheckpointResponse]
     """Write a checkpoint after the current step; returns its folder.
-    DEADLINE_EXCEEDED: the step did not end in time. ABORTED: the checkpoint could not be written.
+    DEADLINE_EXCEEDED: the step did not end in time. ABORTED: the checkpoint could not be written,
+    or the run ended first. FAILED_PRECONDITION: the run has finished.
     """
     Stop: _grpc.UnaryUnaryMultiCallable[_learner_pb2.StopRequest, _learner_pb2.StopResponse]
-    """Finish the current step, write a checkpoint and end the run. OK always."""
+    """Finish the current step, write a checkpoint and end the run. OK always; after the last step it
+    does nothing. Whatever started the process may start it again: a cluster does.
+    """
     FetchWeights: _grpc.UnaryStreamMultiCallable[_learner_pb2.FetchWeightsRequest, _learner_pb2.FetchWeightsResponse]
     """The learner's copy of a published version, for a replica that was told to fetch it.
     NOT_FOUND: the ticket is not good, or not any more.
@@ -57,10 +60,13 @@ class LearnerAsyncStub(LearnerStub):
     Resume: _aio.UnaryUnaryMultiCallable[_learner_pb2.ResumeRequest, _learner_pb2.ResumeResponse]  # type: ignore[assignment]
     Checkpoint: _aio.UnaryUnaryMultiCallable[_learner_pb2.CheckpointRequest, _learner_pb2.CheckpointResponse]  # type: ignore[assignment]
     """Write a checkpoint after the current step; returns its folder.
-    DEADLINE_EXCEEDED: the step did not end in time. ABORTED: the checkpoint could not be written.
+    DEADLINE_EXCEEDED: the step did not end in time. ABORTED: the checkpoint could not be written,
+    or the run ended first. FAILED_PRECONDITION: the run has finished.
     """
     Stop: _aio.UnaryUnaryMultiCallable[_learner_pb2.StopRequest, _learner_pb2.StopResponse]  # type: ignore[assignment]
-    """Finish the current step, write a checkpoint and end the run. OK always."""
+    """Finish the current step, write a checkpoint and end the run. OK always; after the last step it
+    does nothing. Whatever started the process may start it again: a cluster does.
+    """
     FetchWeights: _aio.UnaryStreamMultiCallable[_learner_pb2.FetchWeightsRequest, _learner_pb2.FetchWeightsResponse]  # type: ignore[assignment]
     """The learner's copy of a published version, for a replica that was told to fetch it.
     NOT_FOUND: the ticket is not good, or not any more.
@@ -97,7 +103,8 @@ class LearnerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_learner_pb2.CheckpointResponse, _abc.Awaitable[_learner_pb2.CheckpointResponse]]:
         """Write a checkpoint after the current step; returns its folder.
-        DEADLINE_EXCEEDED: the step did not end in time. ABORTED: the checkpoint could not be written.
+        DEADLINE_EXCEEDED: the step did not end in time. ABORTED: the checkpoint could not be written,
+        or the run ended first. FAILED_PRECONDITION: the run has finished.
         """
 
     @_abc_1.abstractmethod
@@ -106,7 +113,9 @@ class LearnerServicer(metaclass=_abc_1.ABCMeta):
         request: _learner_pb2.StopRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_learner_pb2.StopResponse, _abc.Awaitable[_learner_pb2.StopResponse]]:
-        """Finish the current step, write a checkpoint and end the run. OK always."""
+        """Finish the current step, write a checkpoint and end the run. OK always; after the last step it
+        does nothing. Whatever started the process may start it again: a cluster does.
+        """
 
     @_abc_1.abstractmethod
     def FetchWeights(

@@ -45,6 +45,10 @@ _device_numbers = cycle(range(_NUM_DEVICES))
 _opening_device = threading.Lock()
 
 
+SLOW = "SLOW"
+"""`BroadcastError.status` of a peer that is given up though it gets on."""
+
+
 @dataclass(frozen=True, slots=True)
 class GroupSpec:
     """What one member must know to join a broadcast group.
@@ -110,7 +114,8 @@ def open_group(spec: GroupSpec, store: TCPStore | None = None) -> BroadcastGroup
     open_backend = _open_gloo if spec.backend == "gloo" else _open_nccl
     try:
         process_group = open_backend(PrefixStore(spec.key, _connect(spec, store)), spec)
-    except RuntimeError as error:  # DistStoreError and DistNetworkError are RuntimeErrors
+    # DistStoreError and DistNetworkError are RuntimeErrors; a name that does not resolve is none.
+    except (RuntimeError, OSError) as error:
         raise BroadcastError(
             f"epoch {spec.epoch}: rank {spec.rank} of {spec.world_size} could not join "
             f"group {spec.key!r} at {spec.store_host}:{spec.store_port} "
@@ -213,18 +218,19 @@ class BroadcastGroup:
     def finish(self, work: Work) -> None:
         """Wait for a broadcast that `begin` started."""
         deadline = time.monotonic() + self.spec.timeout_seconds
-        while not self._is_done(work):
+        while not self.is_done(work):
+            if time.monotonic() > deadline:
+                raise self.silent()
+
+    def is_done(self, work: Work) -> bool:
+        """Wait for a moment; True if the broadcast succeeded.
+
+        Raises:
+            BroadcastError: it failed, or the group was closed.
+        """
+        if not self._is_over(work):
             if self._process_group is None:
                 raise self._error("closed during a broadcast")
-            if time.monotonic() > deadline:
-                raise self._error(
-                    f"a peer was silent for {self.spec.timeout_seconds} s",
-                    status="DEADLINE_EXCEEDED",
-                )
-
-    def _is_done(self, work: Work) -> bool:
-        """Wait for a moment; True if the broadcast succeeded."""
-        if not self._is_over(work):
             return False
         try:
             return bool(work.wait())
@@ -254,6 +260,15 @@ class BroadcastGroup:
         threading.Thread(
             target=_release, args=(holder, self.spec.backend), name="close-group"
         ).start()
+
+    def silent(self) -> BroadcastError:
+        """What there is to raise of a peer that took longer than the timeout for a bucket."""
+        reason = f"a peer was silent for {self.spec.timeout_seconds:g} s"
+        return self._error(reason, status="DEADLINE_EXCEEDED")
+
+    def slow(self, reason: str) -> BroadcastError:
+        """What there is to raise of a peer that gets on, but not fast enough."""
+        return self._error(f"a slow peer: {reason}", status=SLOW)
 
     def _error(self, reason: str, *, status: str = "") -> BroadcastError:
         return BroadcastError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
@@ -16,13 +17,15 @@ from google.protobuf.message import DecodeError
 from protos import dead_letter_pb2 as pb
 from shared.errors import StreamError
 from shared.metrics.queues import BACKPRESSURE_SECONDS, DEAD_LETTERED
-from shared.stream import PROMPTS, ROLLOUTS, SCORED, Entry, Stream, finish_when_room
+from shared.stream import FULL, PROMPTS, ROLLOUTS, SCORED, Entry, Stream, finish_when_room
 
 logger = logging.getLogger(__name__)
 
 ORIGINS = (PROMPTS, ROLLOUTS, SCORED)
 for _origin in ORIGINS:
     DEAD_LETTERED.labels(stream=_origin)
+
+_ROOM_SECONDS = 0.5
 
 _MAX_ERROR = 2000
 """Characters of a reason that are kept."""
@@ -45,8 +48,20 @@ class DeadLetter:
     buried_at: float
 
 
-async def bury(entry: Entry, source: Stream, dead_letter: Stream, *, error: str) -> None:
-    """Move `entry` from `source` to `dead_letter`, waiting for room there; once, if repeated."""
+async def bury(
+    entry: Entry,
+    source: Stream,
+    dead_letter: Stream,
+    *,
+    error: str,
+    while_full: Callable[[], Awaitable[None]] | None = None,
+) -> None:
+    """Move `entry` from `source` to `dead_letter`, waiting for room there; once, if repeated.
+
+    Args:
+        while_full: called about twice a second while there is no room; what it raises ends the
+            wait, and the entry stays where it is.
+    """
     letter = DeadLetter(source.name, error, entry.deliveries, entry.payload, time.time())
     has_waited = False
 
@@ -58,7 +73,22 @@ async def bury(entry: Entry, source: Stream, dead_letter: Stream, *, error: str)
         has_waited = True
 
     payload = encode_dead_letter(letter)
-    await finish_when_room(source, entry, output=dead_letter, payload=payload, on_wait=count_wait)
+    while True:
+        try:
+            await finish_when_room(
+                source,
+                entry,
+                output=dead_letter,
+                payload=payload,
+                timeout_seconds=_ROOM_SECONDS,
+                on_wait=count_wait,
+            )
+            break
+        except StreamError as full:
+            if full.status != FULL:
+                raise
+        if while_full is not None:
+            await while_full()
     DEAD_LETTERED.labels(stream=source.name).inc()
     logger.error(
         "gave up entry %s of %s after %d deliveries: %s",

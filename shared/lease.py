@@ -3,6 +3,10 @@
 A service holds a lease under `(role, name)` and refreshes it; one that stops is gone when the lease
 runs out. A restarted service takes its name over at once, and the process that held it before, if
 it still lives, finds out at its next refresh and must stop: a name is one consumer on the streams.
+
+A role and a name are those of the lease's key, which the server's access list guards
+(`shared.redis_users`). So what stands in a lease is believed only if it says the same, and a lease
+that cannot be read hides nobody else.
 """
 
 from __future__ import annotations
@@ -10,10 +14,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from google.protobuf.message import DecodeError
 
@@ -27,6 +31,8 @@ RELEASE_SECONDS = 5.0
 """Of a lease that an ending service gives back; one that is not given back runs out."""
 
 Role = Literal["learner", "rollout", "verifier"]
+
+ROLES: tuple[Role, ...] = get_args(Role)
 
 _REFRESH = """
 local held = redis.call('GET', KEYS[1])
@@ -75,27 +81,33 @@ class Registry:
         self._release_seconds = release_seconds
         self._patience = patience or Patience()
         self._prefix = prefix
-        self._index = prefix + "leases"
+        self._index = prefix + "leases:"
         self._lease = prefix + "lease:"
+        self._told: frozenset[bytes] = frozenset()
         self._refresh = client.register_script(_REFRESH)
         self._release = client.register_script(_RELEASE)
 
     async def members(self, role: Role | None = None) -> list[Member]:
         """Everyone whose lease has not run out, sorted by role and name."""
+        roles = ROLES if role is None else (role,)
+        beginnings = tuple(f"{self._lease}{each}:".encode() for each in roles)
 
-        async def ask() -> list[bytes | None]:
+        async def ask() -> dict[bytes, bytes | None]:
             with translated(self._index):
-                found = await self._client.smembers(self._index)
+                found = await self._client.sunion([self._index + each for each in roles])
                 # What does not belong there would have the server refuse the whole question.
-                keys = sorted(key for key in found if key.startswith(self._lease.encode()))
-                return list(await self._client.mget(keys)) if keys else []
+                keys = sorted(key for key in found if key.startswith(beginnings))
+                values = await self._client.mget(keys) if keys else []
+                return dict(zip(keys, values, strict=True))
 
-        values = await self._patience.outlast(ask)
-        found = [_decode(value) for value in values if value is not None]
-        return sorted(
-            (member for member in found if role in (None, member.role)),
-            key=lambda member: (member.role, member.name),
-        )
+        found, refused = [], {}
+        for key, value in (await self._patience.outlast(ask)).items():
+            try:
+                found += [] if value is None else [self._read(key, value)]
+            except StreamError as error:
+                refused[key] = str(error)
+        self._tell(refused)
+        return sorted(found, key=lambda member: (member.role, member.name))
 
     @asynccontextmanager
     async def hold(
@@ -110,7 +122,7 @@ class Registry:
         key, value = self._key(member), _encode(member)
         with translated(key):
             await self._client.set(key, value, px=int(seconds * 1000))
-            await self._client.sadd(self._index, key)
+            await self._client.sadd(self._index + role, key)
         task = asyncio.create_task(self._keep(member, seconds), name=f"lease {name}")
         try:
             yield task
@@ -119,7 +131,7 @@ class Registry:
             try:
                 async with asyncio.timeout(self._release_seconds):
                     with translated(key):
-                        await self._release(keys=[key, self._index], args=[value])
+                        await self._release(keys=[key, self._index + role], args=[value])
             except (StreamError, TimeoutError):
                 logger.warning("lease of %s not released: Redis is away; it will run out", name)
 
@@ -148,14 +160,12 @@ class Registry:
             raise StreamError(f"{key} holds {value[:40]!r}, which is no version") from None
 
     async def _keep(self, member: Member, seconds: float) -> None:
-        value = _encode(member)
+        keys, value = [self._key(member), self._index + member.role], _encode(member)
         while True:
             await asyncio.sleep(seconds / 3)
             try:
-                with translated(self._key(member)):
-                    kept = await self._refresh(
-                        keys=[self._key(member), self._index], args=[value, int(seconds * 1000)]
-                    )
+                with translated(keys[0]):
+                    kept = await self._refresh(keys=keys, args=[value, int(seconds * 1000)])
             except StreamError as error:
                 if error.status == REFUSED:
                     raise
@@ -165,6 +175,22 @@ class Registry:
                 raise StreamError(
                     f"another process holds the name {member.name!r}; names must be unique in a run"
                 )
+
+    def _read(self, key: bytes, value: bytes) -> Member:
+        """Raises StreamError for what is no lease, or another's than the key says."""
+        member = _decode(value)
+        if self._key(member).encode() != key:
+            raise StreamError(f"it says that it is of {member.role} {member.name!r}")
+        return member
+
+    def _tell(self, refused: Mapping[bytes, str]) -> None:
+        """Once of each, for as long as it is there."""
+        news = [key for key in refused if key not in self._told]
+        self._told = frozenset(refused)
+        if news:
+            more = f"; so it is with {len(news) - 1} more" if len(news) > 1 else ""
+            first, reason = news[0], refused[news[0]]
+            logger.warning("%.200r does not count as a lease: %.200s%s", first, reason, more)
 
     def _key(self, member: Member) -> str:
         return f"{self._lease}{member.role}:{member.name}"
@@ -184,7 +210,7 @@ def _decode(value: bytes) -> Member:
     try:
         lease = pb.Lease.FromString(value)
     except DecodeError as error:
-        raise StreamError(f"a lease that is not one: {error}") from None
+        raise StreamError(f"not a lease: {error}") from None
     return Member(
         lease.role,  # type: ignore[arg-type]
         lease.name,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from shared.stream import Bounds, Depth, Entry, Holder, Stream
+from shared.stream import NOBODY, Bounds, Depth, Entry, Holder, Stream
 
 
 @dataclass(slots=True)
@@ -111,6 +111,20 @@ class MemoryStream:
         ]
         return self._deliver(consumer, orphans[:count])
 
+    async def give_back(
+        self, consumer: str, *, idle_seconds: float, held: Collection[str] = ()
+    ) -> int:
+        before = time.monotonic() - idle_seconds
+        left = [
+            message
+            for id, message in self._messages.items()
+            if message.consumer == consumer and message.delivered_at <= before and id not in held
+        ]
+        for message in left:
+            message.consumer = NOBODY
+            message.deliveries -= 1
+        return len(left)
+
     async def depth(self) -> Depth:
         pending = sum(message.consumer is not None for message in self._messages.values())
         num_bytes = sum(len(message.payload) for message in self._messages.values())
@@ -135,10 +149,11 @@ class MemoryStream:
         delivered = []
         for id in ids:
             message = self._messages[id]
+            is_redelivered = message.consumer is not None
             message.consumer = consumer
             message.deliveries += 1
             message.delivered_at = time.monotonic()
-            delivered.append(Entry(id, message.payload, message.deliveries))
+            delivered.append(Entry(id, message.payload, message.deliveries, is_redelivered))
         return delivered
 
 

@@ -107,7 +107,9 @@ class MetricsServer:
             return _say(HTTPStatus.NOT_FOUND, start)
         if not self._has_token(request):
             return _say(HTTPStatus.UNAUTHORIZED, start, ("WWW-Authenticate", "Bearer"))
-        return self._metrics(request, start)
+        # Always plain text: in OpenMetrics, which Prometheus 2 asks for, prometheus_client turns
+        # the colon in the names of vLLM's series into an underscore.
+        return self._metrics({**request, "HTTP_ACCEPT": "text/plain"}, start)
 
     def _health(self, service: str) -> HTTPStatus:
         """Asked in the event loop: one that hangs must not look well."""

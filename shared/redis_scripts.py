@@ -2,9 +2,10 @@
 
 Three keys stand beside each stream. `sizes` is a hash of payload bytes by entry id, with their sum
 under `sum`: it makes the bytes of a stream exact, and whoever finds that it has not one field for
-each entry makes it anew from the stream itself. `labels` is a hash of labels by entry id. `recent`
-is a sorted set of the calls that have appended lately, by time: redis-py repeats a call whose reply
-was lost, and finds itself there.
+each entry, or no number for the sum, makes it anew from the stream itself, since one role writes
+what the scripts of another read. `labels` is a hash of labels by entry id. `recent` is a sorted set
+of the calls that have appended lately, by time: redis-py repeats a call whose reply was lost, and
+finds itself there.
 
 Every key is passed in KEYS and all keys of a run share a hash tag, as a cluster demands. Nothing
 here is newer than Redis 6.2.
@@ -19,10 +20,14 @@ RECENT_CALLS = 65_536
 """And no more calls than this; at 100 puts a second that is more than the ten minutes."""
 
 _COMMON = """
+local function whole(text)
+  return text and #text < 16 and tonumber(string.match(text, '^%d+$')) or nil
+end
+
 local function held_bytes(stream, sizes)
   local length, known = redis.call('XLEN', stream), redis.call('HLEN', sizes)
-  local sum = redis.call('HGET', sizes, 'sum')
-  if sum and known == length + 1 then return tonumber(sum) end
+  local sum = whole(redis.call('HGET', sizes, 'sum'))
+  if sum and known == length + 1 then return sum end
   if length == 0 and known == 0 then return 0 end
   redis.call('DEL', sizes)
   local total, start = 0, '-'
@@ -58,7 +63,11 @@ local function remove(stream, sizes, labels, group, id)
   redis.call('XDEL', stream, id)
   redis.call('HDEL', sizes, id)
   redis.call('HDEL', labels, id)
-  redis.call('HINCRBY', sizes, 'sum', -tonumber(size))
+  if whole(size) then
+    redis.call('HINCRBY', sizes, 'sum', -whole(size))
+  else
+    redis.call('HDEL', sizes, 'sum')
+  end
 end
 """
 
@@ -123,6 +132,24 @@ return found
 """
 )
 """KEYS stream, sizes, labels. Id, label, id, label, ... of the entries that are there."""
+
+GIVE_BACK = """
+local held, count = {}, 0
+for index = 6, #ARGV do held[ARGV[index]] = true end
+local group, consumer, nobody, idle_ms, most = unpack(ARGV, 1, 5)
+local mine = redis.call('XPENDING', KEYS[1], group, 'IDLE', idle_ms, '-', '+', most, consumer)
+for _, item in ipairs(mine) do
+  local id, idle, before = item[1], item[3], math.max(0, item[4] - 1)
+  if not held[id] then
+    local as_it_was = {'IDLE', idle, 'RETRYCOUNT', before, 'JUSTID'}
+    redis.call('XCLAIM', KEYS[1], group, nobody, 0, id, unpack(as_it_was))
+    count = count + 1
+  end
+end
+return count
+"""
+"""KEYS stream; ARGV group, consumer, who is nobody, idle milliseconds, entries at most, ids held.
+Entries given back, each as if the consumer had never had it."""
 
 DEPTH = (
     _COMMON

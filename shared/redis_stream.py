@@ -14,6 +14,7 @@ from shared.errors import StreamError
 from shared.redis_connection import RETRIES, Patience, connect, translated, until_answered
 from shared.stream import (
     DEAD_LETTER,
+    NOBODY,
     PROMPTS,
     ROLLOUTS,
     SCORED,
@@ -52,6 +53,7 @@ class RedisStream:
         self._finish = client.register_script(redis_scripts.FINISH)
         self._acknowledge = client.register_script(redis_scripts.ACKNOWLEDGE)
         self._labels = client.register_script(redis_scripts.LABELS)
+        self._give_back = client.register_script(redis_scripts.GIVE_BACK)
         self._depth = client.register_script(redis_scripts.DEPTH)
         self._holders = client.register_script(redis_scripts.HOLDERS)
 
@@ -134,7 +136,7 @@ class RedisStream:
         held: Collection[str] | None = None,
     ) -> list[Entry]:
         def is_orphan(item: dict[str, Any]) -> bool:
-            owner = item["consumer"].decode()
+            owner = item["consumer"].decode(errors="replace")
             if owner == consumer and held is not None:
                 return item["message_id"].decode() not in held
             return owner not in alive
@@ -145,6 +147,12 @@ class RedisStream:
             return await self._take_over(consumer, orphans[:count], idle_ms=idle_ms)
 
         return await self._ask(take_orphans)
+
+    async def give_back(
+        self, consumer: str, *, idle_seconds: float, held: Collection[str] = ()
+    ) -> int:
+        args = [self._group, consumer, NOBODY, int(idle_seconds * 1000), self.bounds.max_items]
+        return int(await self._ask(lambda: self._give_back([self._key], [*args, *held])))
 
     async def depth(self) -> Depth:
         length, num_bytes, pending, oldest = await self._ask(
@@ -158,7 +166,9 @@ class RedisStream:
 
     async def holders(self) -> list[Holder]:
         reply = await self._ask(lambda: self._holders(keys=[self._key], args=[self._group]))
-        found = [Holder(name.decode(), count, idle / 1000) for name, count, idle in reply]
+        found = [
+            Holder(name.decode(errors="replace"), count, idle / 1000) for name, count, idle in reply
+        ]
         return sorted(found, key=lambda holder: -holder.oldest_seconds)
 
     def impatient(self) -> RedisStream:
@@ -215,7 +225,7 @@ class RedisStream:
         for ids in _pages(list(deliveries)):
             claimed = await self._client.xclaim(self._key, self._group, consumer, idle_ms, ids)
             taken += [
-                Entry(id.decode(), _payload(fields), deliveries[id]) for id, fields in claimed
+                Entry(id.decode(), _payload(fields), deliveries[id], True) for id, fields in claimed
             ]
         return taken
 

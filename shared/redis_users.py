@@ -35,15 +35,25 @@ _HANDLED: Mapping[User, Sequence[str]] = {
 _CONSUMED: Mapping[User, str] = {"learner": SCORED, "rollout": PROMPTS, "verifier": ROLLOUTS}
 """The stream that a service takes work from."""
 
-_HANDLE = (
-    "evalsha",
-    "xlen", "xrange", "xadd", "xack", "xdel", "xpending",
-    "hlen", "hget", "hgetall", "hexists", "hset", "hdel", "hincrby", "expire", "del",
-    "zscore", "zadd", "zremrangebyscore", "zremrangebyrank",
-)  # fmt: skip
-"""Of the scripts in `shared.redis_scripts` and `shared.redis_partials`, and what is called bare."""
+_FILLED: Mapping[User, Sequence[str]] = {
+    "learner": (PROMPTS, DEAD_LETTER),
+    "rollout": (ROLLOUTS, DEAD_LETTER),
+    "verifier": (SCORED, DEAD_LETTER),
+    "operator": _STREAMS,
+}
+"""The streams to which a user appends: an entry's id can be such that no other may follow."""
+
+_HANDLE: Mapping[str, Sequence[str]] = {
+    "": ("xlen", "xrange", "xack", "xdel", "xpending"),
+    ":sizes": ("hlen", "hget", "hexists", "hset", "hdel", "hincrby", "del"),
+    ":labels": ("hget", "hgetall", "hset", "hdel"),
+    ":recent": ("zscore", "zadd", "zremrangebyscore", "zremrangebyrank"),
+}
+"""Of the scripts in `shared.redis_scripts`, by the key beside a stream, and what is called bare.
+No key can be made another kind of key, which would end whoever reads it."""
+_KEEP_PIECES = ("hgetall", "hset", "expire", "del")
+"""Of the scripts in `shared.redis_partials`."""
 _CONSUME = ("xreadgroup", "xpending", "xclaim")
-_HOLD_LEASE = ("evalsha", "get", "set", "del", "sadd", "srem")
 _COUNT = ("xlen", "xpending", "xinfo|groups", "xinfo|consumers")
 
 
@@ -72,20 +82,25 @@ def _rules(user: User, prefix: str) -> Iterator[str]:
     yield from _commands(("ping", "script|load"))
     # Whoever starts first makes all streams; this neither reads nor changes what is in them.
     yield _selector(["xgroup|create"], [f"~{stream}" for stream in streams])
-    handled = [prefix + name for name in _HANDLED[user]]
-    yield _selector(_HANDLE, [f"~{each}{end}" for each in handled for end in _PARTS])
-    yield _selector(["smembers", "mget"], [f"%R~{prefix}leases", f"%R~{prefix}lease:*"])
+    handled = [f"~{prefix}{name}" for name in _HANDLED[user]]
+    yield _selector(["evalsha"], [each + end for each in handled for end in ("", ":*")])
+    for end, commands in _HANDLE.items():
+        yield _selector(commands, [each + end for each in handled])
+    yield _selector(["xadd"], [f"~{prefix}{name}" for name in _FILLED[user]])
+    if user == "rollout":
+        yield _selector(_KEEP_PIECES, [f"~{prefix}{PROMPTS}:pieces:*"])
+        yield _selector(["get"], [f"%R~{prefix}policy_version"])
+    yield _selector(["sunion"], [f"%R~{prefix}leases:*"])
+    yield _selector(["mget"], [f"%R~{prefix}lease:*"])
     if user in _CONSUMED:
         yield _selector(_CONSUME, [f"~{prefix}{_CONSUMED[user]}"])
-        own = [f"~{prefix}lease:{user}:*", f"~{prefix}leases"]
-        yield _selector(_HOLD_LEASE, own)
+        lease, index = f"~{prefix}lease:{user}:*", f"~{prefix}leases:{user}"
+        yield _selector(["evalsha"], [lease, index])
+        yield _selector(["get", "set", "del"], [lease])
+        yield _selector(["sadd", "srem"], [index])
     if user == "learner":
         yield from _commands(["info"])
         yield _selector(["set"], [f"~{prefix}policy_version"])
-
-
-_PARTS = ("", ":*")
-"""A stream, and the keys beside it."""
 
 
 def _commands(names: Iterable[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -152,17 +153,21 @@ async def call(
     """One unary call with a deadline.
 
     Raises:
-        PeerError: the call failed; names the peer and the status.
+        PeerError: the call failed, or the answer is no message; names the peer and the status.
     """
     try:
         with tracing.span(type(request).__name__, peer=peer):
             metadata = tracing.call_metadata()
-            return await method(request, timeout=timeout_seconds, metadata=metadata)
+            response = await method(request, timeout=timeout_seconds, metadata=metadata)
     except grpc.aio.AioRpcError as error:
         status = error.code().name
         raise PeerError(
             f"{peer}: {status} within {timeout_seconds:.0f} s: {error.details()}", status=status
         ) from error
+    # What gRPC returns when it could not read the answer.
+    if response is None:
+        raise PeerError(f"{peer}: the answer is no message", status=grpc.StatusCode.INTERNAL.name)
+    return response
 
 
 class _Measured(grpc.aio.ServerInterceptor):
@@ -179,14 +184,20 @@ class _Measured(grpc.aio.ServerInterceptor):
         inner, method = handler.unary_unary, handler_call_details.method
 
         async def measured(request: Any, context: Any) -> Any:
-            started = time.monotonic()
+            started, unless_set = time.monotonic(), grpc.StatusCode.OK
             try:
                 with tracing.served(method, context.invocation_metadata()):
                     return await inner(request, context)
+            except asyncio.CancelledError:
+                unless_set = grpc.StatusCode.CANCELLED
+                raise
+            except Exception:
+                unless_set = grpc.StatusCode.UNKNOWN
+                raise
             finally:
-                code = context.code()
-                name = grpc.StatusCode.OK.name if not code else getattr(code, "name", str(code))
-                RPC_HANDLED.labels(method=method, code=name).inc()
+                # gRPC sets a code of its own only after this.
+                code = context.code() or unless_set
+                RPC_HANDLED.labels(method=method, code=code.name).inc()
                 RPC_SECONDS.labels(method=method).observe(time.monotonic() - started)
 
         return grpc.unary_unary_rpc_method_handler(

@@ -2,7 +2,8 @@
 
 Consumes the input stream. Waits for: its gate, a free place, an entry; and for room on the output
 stream before a result is handed on. Stops when the gate says so: what is in flight is finished
-first, and what is not finished in time stays pending for another consumer.
+first, and what is not finished in time stays pending for another consumer. What the caller sees
+that this one cannot go on with is given back: others find it at once.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 CLAIM_WAIT_SECONDS = 1.0
 RETRY_SECONDS = 1.0
+
+_CANCEL_SECONDS = 10.0
+"""Work that is ended may save what it has."""
 
 LOOKERS = 32
 """Consumers of a role that look for orphans as often as they may; more share the looks."""
@@ -78,7 +82,8 @@ class Stage:
         self._max_attempts = max_attempts
         self._on_done = on_done
         self._on_idle = on_idle
-        self._in_flight: set[asyncio.Task[None]] = set()
+        self._in_flight: dict[asyncio.Task[None], Entry] = {}
+        self._backlog: list[Entry] | None = None
         self._held: set[str] = set()
 
     @property
@@ -94,16 +99,15 @@ class Stage:
         Raises:
             StreamError: Redis refuses this user; whoever is only out of reach is tried again.
         """
-        backlog: list[Entry] | None = None
         self.activity.loop_enters(Phase.INPUT)
         while await gate():
             try:
-                if backlog is None:
+                if self._backlog is None:
                     left = await self._source.pending(self._name, held=self._held)
                     # Again: some may have been adopted while Redis answered.
-                    backlog = [entry for entry in left if entry.id not in self._held]
-                    self._held.update(entry.id for entry in backlog)
-                await self._take(backlog)
+                    self._backlog = [entry for entry in left if entry.id not in self._held]
+                    self._held.update(entry.id for entry in self._backlog)
+                await self._take(self._backlog)
             except StreamError as error:
                 if error.status == REFUSED:
                     raise
@@ -137,6 +141,30 @@ class Stage:
         for entry in entries:
             self._start(entry)
 
+    async def give_back(self, ids: Collection[str], *, idle_seconds: float) -> int:
+        """End the work on these entries; leave to others what this name has and does not work on.
+
+        The latter is also what it left pending when it last died.
+
+        Args:
+            idle_seconds: an entry must have been claimed this long ago.
+        Returns:
+            How many entries others may take now.
+        Raises:
+            StreamError: Redis is away; another call gives back what this one has not.
+        """
+        late = [task for task, entry in self._in_flight.items() if entry.id in ids]
+        for task in late:
+            task.cancel()
+        if late:
+            await asyncio.wait(late, timeout=_CANCEL_SECONDS)
+        self._held.difference_update(entry.id for entry in self._backlog or ())
+        if self._backlog is not None:
+            self._backlog.clear()
+        return await self._source.give_back(
+            self._name, idle_seconds=idle_seconds, held=tuple(self._held)
+        )
+
     async def _take(self, backlog: list[Entry]) -> None:
         """Start what there are places for; without a place, wait a moment for one."""
         free = self.max_in_flight - len(self._in_flight)
@@ -168,8 +196,8 @@ class Stage:
         self._held.add(entry.id)
         self.activity.begin(entry.id)
         task = asyncio.create_task(self._complete(entry), name=f"group {entry.id}")
-        self._in_flight.add(task)
-        task.add_done_callback(self._in_flight.discard)
+        self._in_flight[task] = entry
+        task.add_done_callback(self._in_flight.pop)
 
     async def _complete(self, entry: Entry) -> None:
         try:

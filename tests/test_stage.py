@@ -35,12 +35,13 @@ async def at_work(
     work: Callable[[Entry], Awaitable[bytes | None]],
     *,
     max_attempts: int = 3,
+    max_in_flight: int = 4,
     on_done: Callable[[Entry], Awaitable[None]] | None = None,
 ) -> AsyncIterator[Stage]:
     source, output, dead = three
     stage = Stage(
         name="one", source=source, output=output, dead_letter=dead, work=work,
-        max_in_flight=4, max_attempts=max_attempts, on_done=on_done,
+        max_in_flight=max_in_flight, max_attempts=max_attempts, on_done=on_done,
     )  # fmt: skip
 
     stop = asyncio.Event()
@@ -154,6 +155,41 @@ async def test_what_was_adopted_at_the_start_is_not_taken_for_left_behind(three:
         await stage.adopt(idle_seconds=0.0, alive={"one"})
         await until(output.peek)
     assert len(worked_on) == 1
+
+
+async def test_entries_that_are_given_back_are_let_go_and_no_others(three: Three) -> None:
+    source, output, _ = three
+    begun: dict[bytes, str] = {}
+    ended: list[bytes] = []
+    go_on = asyncio.Event()
+
+    async def work(entry: Entry) -> bytes:
+        begun[entry.payload] = entry.id
+        try:
+            await go_on.wait()
+        finally:
+            ended.append(entry.payload)
+        return entry.payload
+
+    for payload in (b"let go", b"kept", b"not begun"):
+        await source.put(payload)
+    await source.claim("one", count=3, wait_seconds=0.1)  # left when this name last died
+    async with at_work(three, work, max_in_flight=2) as stage:
+        async with asyncio.timeout(10.0):
+            while len(begun) < 2:
+                await asyncio.sleep(0.005)
+        stage.max_in_flight = 1  # it claims nothing meanwhile
+        assert await stage.give_back({begun[b"let go"]}, idle_seconds=60.0) == 0
+        assert (ended, stage.num_in_flight) == ([b"let go"], 1)
+        assert await stage.give_back((), idle_seconds=0.0) == 2, "what Redis refused at first"
+        taken = await source.reclaim("two", idle_seconds=0.0, alive={"one", "two"}, count=9)
+        assert [(each.payload, each.deliveries) for each in taken] == [
+            (b"let go", 2),
+            (b"not begun", 2),
+        ]
+        go_on.set()
+        await until(output.peek)
+    assert await output.peek() == [b"kept"]
 
 
 async def test_a_full_stream_of_dead_letters_loses_none(three: Three) -> None:

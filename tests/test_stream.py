@@ -11,7 +11,15 @@ from shared.errors import StartError, StreamError
 from shared.memory_stream import MemoryStream
 from shared.redis_connection import shown
 from shared.redis_stream import Streams, open_streams
-from shared.stream import Bounds, Depth, Holder, Stream, finish_when_room, put_when_room
+from shared.stream import (
+    NOBODY,
+    Bounds,
+    Depth,
+    Holder,
+    Stream,
+    finish_when_room,
+    put_when_room,
+)
 
 Pair = Callable[[], tuple[Stream, Stream]]
 
@@ -276,6 +284,44 @@ async def test_an_entry_that_a_consumer_does_not_know_it_has_is_delivered_again(
     )
     assert [(entry.payload, entry.deliveries) for entry in own] == [(b"b", 2)]
     assert await stream.reclaim("one", idle_seconds=0.0, alive={"one", "two"}, count=9) == []
+
+
+async def test_what_is_given_back_is_as_if_the_consumer_had_never_had_it(
+    pair: tuple[Stream, Stream],
+) -> None:
+    stream, output = pair
+    for payload in (b"a", b"b", b"c"):
+        await stream.put(payload, label=payload.decode())
+    await stream.claim("dead", count=1, wait_seconds=0.1)
+    (again,) = await stream.reclaim("one", idle_seconds=0.0, alive={"one"}, count=1)
+    (mine,) = await stream.claim("one", count=1, wait_seconds=0.1)
+    (kept,) = await stream.claim("one", count=1, wait_seconds=0.1)
+    assert [each.is_redelivered for each in (again, mine, kept)] == [True, False, False]
+    assert await stream.give_back("one", idle_seconds=60.0) == 0
+    assert await stream.give_back("two", idle_seconds=0.0) == 0
+    await asyncio.sleep(0.1)
+    assert await stream.give_back("one", idle_seconds=0.05, held={kept.id, "7-7"}) == 2
+    assert await stream.give_back("one", idle_seconds=0.05, held={kept.id}) == 0
+    assert {each.consumer: each.num_entries for each in await stream.holders()} == {
+        NOBODY: 2,
+        "one": 1,
+    }
+    taken = await stream.reclaim("two", idle_seconds=0.05, alive={"one", "two"}, count=9)
+    assert [(each.payload, each.deliveries, each.is_redelivered) for each in taken] == [
+        (b"a", 2, True),
+        (b"b", 1, True),
+    ]
+    assert await stream.finish(taken[0], output=output, payload=b"A")
+    assert set((await output.labels()).values()) == {"a"}
+
+
+async def test_an_entry_that_is_gone_is_given_back_by_nobody(pair: tuple[Stream, Stream]) -> None:
+    stream, _ = pair
+    await stream.put(b"a")
+    (entry,) = await stream.claim("one", count=1, wait_seconds=0.1)
+    await stream.acknowledge([entry.id])
+    assert await stream.give_back("one", idle_seconds=0.0) == 0
+    assert await stream.depth() == Depth(waiting=0, pending=0)
 
 
 async def test_depth_tells_waiting_from_pending(pair: tuple[Stream, Stream]) -> None:

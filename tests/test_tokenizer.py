@@ -7,17 +7,19 @@ import subprocess
 import sys
 from array import array
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config
 
 from shared.errors import ConfigError, StartError
-from shared.tokenizer import Tokenizer, character_ids, save_characters
+from shared.tokenizer import Tokenizer, character_ids, save_characters, torch_left_out
 
 ALPHABET = "0123456789+-*/=,> "
 TEMPLATE = "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}<assistant>"
+TEXTS = ["two plus two is four", "3 4>7=", "<think>Größe  <user>\n\n</think> café 数", ""]
 
 
 @pytest.fixture(scope="module")
@@ -130,16 +132,68 @@ def test_a_folder_without_a_tokenizer_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_tokenizer_loads_without_torch(characters: Path) -> None:
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Byte-level BPE as Qwen and Llama 3 have it: trained, with added tokens and a template."""
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(TEXTS, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+    tokenizer.add_tokens(["<think>", AddedToken("</think>", special=False, lstrip=True)])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
+    tokenizer.chat_template = TEMPLATE
+    folder = tmp_path_factory.mktemp("pieces")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def readings(folder: Path) -> dict[str, Any]:
+    """Ids of texts, and texts of ids that nobody would have made of a text."""
+    tokenizer, generator = Tokenizer(str(folder)), random.Random(1)
+    size = len(tokenizer._tokenizer)
+    sampled = [generator.choices(range(size), k=12) for _ in range(50)]
+    wrapped = [
+        Tokenizer(str(folder), use_chat_template=True).encode_prompt(text).tolist()
+        for text in TEXTS
+        if tokenizer._tokenizer.chat_template
+    ]
+    encode = tokenizer._tokenizer.encode
+    return {
+        "stop": list(tokenizer.stop_token_ids),
+        "encoded": [encode(text) for text in TEXTS],
+        "wrapped": wrapped,
+        "decoded": [tokenizer.decode(ids) for ids in sampled],
+    }
+
+
+def test_torch_left_out_changes_no_id_and_no_text(
+    characters: Path, words: Path, pieces: Path
+) -> None:
+    folders = [characters, words, pieces]
     program = (
-        "import importlib.machinery as machinery, sys\n"
-        "find = machinery.PathFinder.find_spec\n"
-        "machinery.PathFinder.find_spec = classmethod(\n"
-        "    lambda cls, name, *more: None if name == 'torch' else find(name, *more))\n"
-        "from shared.tokenizer import Tokenizer\n"
-        "print(Tokenizer(sys.argv[1]).decode([3, 14, 3, 18]), 'torch' in sys.modules)\n"
+        "import importlib.util, json, sys\n"
+        "from pathlib import Path\n"
+        "from shared.tokenizer import torch_left_out\n"
+        "with torch_left_out():\n"
+        "    from tests.test_tokenizer import readings\n"
+        "    found = [readings(Path(folder)) for folder in sys.argv[1:]]\n"
+        "assert 'torch' not in sys.modules and importlib.util.find_spec('torch')\n"
+        "print(json.dumps(found))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, str(characters)], capture_output=True, text=True
+        [sys.executable, "-c", program, *map(str, folders)], capture_output=True, text=True
     )
-    assert done.stdout.strip() == "3=3$ False", done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert json.loads(done.stdout) == [readings(folder) for folder in folders]
+
+
+def test_torch_is_not_left_out_where_it_is_imported_already() -> None:
+    import torch
+
+    with torch_left_out():
+        assert sys.modules["torch"] is torch
+    assert sys.modules["torch"] is torch

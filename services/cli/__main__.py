@@ -7,6 +7,7 @@ import io
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from services.cli.launch import Plan
 from services.cli.plan.arguments import add_plan_arguments
@@ -82,11 +83,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_plan_arguments(planning)
     planning.set_defaults(command=_plan)
-    export = commands.add_parser("export", help="copy the trained model of a run")
+    _add_export(commands)
+    return parser
+
+
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser(
+        "export", help="copy the trained model of a run, or make that of a checkpoint"
+    )
     export.add_argument("folder", type=Path, help="the run's folder")
     export.add_argument("destination", type=Path, help="a folder that does not exist yet")
+    export.add_argument(
+        "--checkpoint",
+        metavar="best|last|NAME",
+        help="best by evaluation score, or as `isentrope status` names it, step-000140 say;"
+        " default: what the finished run left",
+    )
     export.set_defaults(command=_export)
-    return parser
 
 
 def _up(given: argparse.Namespace) -> int:
@@ -159,10 +172,15 @@ def _plan(given: argparse.Namespace) -> int:
 
 
 def _export(given: argparse.Namespace) -> int:
-    from services.cli.export import export_model
+    from services.cli.export import export_checkpoint, export_model
     from services.cli.run_folder import existing_run
 
-    print(export_model(existing_run(given.folder), given.destination))
+    folder, destination = existing_run(given.folder), given.destination
+    if given.checkpoint is None:
+        export_model(folder, destination)
+    elif (status := export_checkpoint(folder, destination, given.checkpoint)) != 0:
+        return status
+    print(destination)
     return 0
 
 

@@ -43,6 +43,7 @@ def describe(config: RunConfig) -> list[str]:
         ("entropy", _entropy(config)),
         ("rollouts", _rollouts(config)),
         ("learner", _learner(config)),
+        ("weights", _weights(config)),
         ("evaluation", _evaluation(config)),
         ("redis", config.redis.url or "REDIS_URL, else a server of its own"),
     ]
@@ -149,6 +150,14 @@ def _learner(config: RunConfig) -> str:
         f"{learner.num_ranks} ranks, {learner.groups_per_batch} groups a batch in"
         f" {learner.optimizer_steps_per_batch} optimiser steps, staleness at most"
         f" {learner.max_staleness}, checkpoint every {config.checkpoint.every_steps} steps"
+    )
+
+
+def _weights(config: RunConfig) -> str:
+    origin = f"for {config.model.dtype}" if config.weights.canary_tolerance is None else "as set"
+    return (
+        f"backend {config.weights.backend}, a replica's canary within"
+        f" {config.canary_tolerance:g} nats ({origin})"
     )
 
 

@@ -4,29 +4,55 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from services.cli.measurements import Row, number
 from services.cli.run_folder import RunFolder
 
-_FOLDER = re.compile(r"step-(\d+)(?:-\d+)?")
+_FOLDER = re.compile(r"step-(\d+)(?:-(\d+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class KeptCheckpoint:
+    """A whole checkpoint.
+
+    Attributes:
+        number: which of the step's checkpoints it is.
+        score: of the evaluation of its step's version; None if that was not evaluated.
+    """
+
+    name: str
+    step: int
+    number: int
+    score: float | None
+
+
+def kept_checkpoints(folder: RunFolder, rows: Sequence[Row]) -> list[KeptCheckpoint]:
+    """Oldest first."""
+    scores = _scores(rows)
+    names = [path.name for path in folder.checkpoints.glob("step-*")]
+    found = [
+        KeptCheckpoint(name, int(match[1]), int(match[2] or 1), scores.get(int(match[1])))
+        for name in names
+        if (match := _FOLDER.fullmatch(name))
+    ]
+    return sorted(found, key=lambda each: (each.step, each.number))
+
+
+def best_of(kept: Sequence[KeptCheckpoint]) -> KeptCheckpoint | None:
+    """The one with the highest score, the newest of equal ones; None if none has a score."""
+    scored = [(each.score, each.step, each.number, each) for each in kept if each.score is not None]
+    return max(scored, key=lambda each: each[:3])[3] if scored else None
 
 
 def checkpoints_text(folder: RunFolder, rows: Sequence[Row]) -> str:
-    """Each whole checkpoint, oldest first, with its evaluation score; empty if there is none.
-
-    The best is the one with the highest score, the newest of equal ones; a checkpoint has a score
-    if the version of its step was evaluated.
-    """
-    names = sorted(path.name for path in folder.checkpoints.glob("step-*"))
-    found = [(name, int(match[1])) for name in names if (match := _FOLDER.fullmatch(name))]
-    scores = _scores(rows)
-    scored = [(scores[step], name) for name, step in found if step in scores]
-    best, newest = max(scored, default=(0.0, ""))[1], found[-1][0] if found else ""
-    texts = []
-    for name, step in found:
-        notes = [f"score {scores[step]:.3f}"] if step in scores else []
-        notes += ["best"] * (name == best) + ["newest"] * (name == newest)
-        texts.append(f"{name} ({', '.join(notes)})" if notes else name)
+    """Each of `kept_checkpoints` with its score; empty if there is none."""
+    kept = kept_checkpoints(folder, rows)
+    best, texts = best_of(kept), []
+    for each in kept:
+        notes = [] if each.score is None else [f"score {each.score:.3f}"]
+        notes += ["best"] * (each is best) + ["newest"] * (each is kept[-1])
+        texts.append(f"{each.name} ({', '.join(notes)})" if notes else each.name)
     return ", ".join(texts)
 
 

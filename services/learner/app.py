@@ -16,9 +16,11 @@ from services.learner.outage import Outage
 from services.learner.progress import Progress
 from services.learner.publisher import OnEngine
 from services.learner.reader import CONSUMER
+from services.learner.saver import unanswered
 from services.learner.service import SERVICE, LearnerServicer
 from services.learner.watchdog import Watchdog
 from services.learner.wiring import wire_learner
+from shared.errors import CheckpointError
 from shared.lease import Registry
 from shared.metrics.learner import LEARNER_ENTROPY_BOUND, watch_steps
 from shared.metrics_server import MetricsServer
@@ -31,9 +33,20 @@ RETRIES = 3
 """Of redis-py, about a second: the loop itself waits out an outage, and says so meanwhile."""
 
 
-async def run_rank(given: ServiceArguments, stop: asyncio.Event) -> None:
-    """The whole life of this rank; the engine has a thread of its own."""
+async def run_rank(
+    given: ServiceArguments,
+    stop: asyncio.Event,
+    *,
+    start: Callable[..., LearnerEngine] = LearnerEngine.start,
+) -> None:
+    """The whole life of this rank; the engine has a thread of its own.
+
+    Args:
+        start: loads the model, which may take long; rank 0 serves metrics meanwhile.
+    """
+    metrics = None
     if given.environment.rank == 0:
+        metrics = _show_metrics(given)
         timeout_seconds = given.config.network.call_timeout_seconds
         await check_server(given.redis_url, timeout_seconds=timeout_seconds)
         if given.run_file is not None:
@@ -45,25 +58,26 @@ async def run_rank(given: ServiceArguments, stop: asyncio.Event) -> None:
         return await loop.run_in_executor(thread, function)
 
     config = given.config
-    engine = await on_engine(
-        lambda: LearnerEngine.start(config, config.model_path, given.environment)
-    )
+    engine = await on_engine(lambda: start(config, config.model_path, given.environment))
     try:
-        if given.environment.rank == 0:
-            await _lead(given, stop, engine, on_engine)
+        if metrics is not None:
+            await _lead(given, stop, engine, on_engine, metrics)
         else:
             await on_engine(engine.follow)
     finally:
-        if given.environment.rank == 0:
+        if metrics is not None:
             await on_engine(engine.close)
         thread.shutdown()
 
 
 async def _lead(
-    given: ServiceArguments, stop: asyncio.Event, engine: LearnerEngine, on_engine: OnEngine
+    given: ServiceArguments,
+    stop: asyncio.Event,
+    engine: LearnerEngine,
+    on_engine: OnEngine,
+    metrics: MetricsServer,
 ) -> None:
     """Rank 0: serve, hold the lease, run the loop."""
-    metrics = _show_metrics(given)
     progress = Progress()
     outage = Outage(given.redis_url, progress)
     async with connected(
@@ -77,11 +91,11 @@ async def _lead(
         learner = wire_learner(given, streams, engine, on_engine, progress)
         catch_up = CatchUp(learner.publisher)
         registry = Registry(streams.client, prefix=streams.prefix)
-        async with _present(given, learner, catch_up, registry, metrics) as (server, lease):
-            async with (
-                _watchdog(given, learner, registry).watching(server),
-                catch_up.running(f"{given.host}:{server.port}") as catching_up,
-            ):
+        async with (
+            _present(given, learner, catch_up, registry, metrics) as (server, lease),
+            _watchdog(given, learner, registry).watching(server),
+        ):
+            async with catch_up.running(f"{given.host}:{server.port}") as catching_up:
                 await _run(learner, outage, {lease, catching_up}, stop, resume=given.resume)
             if given.stays and progress.is_finished:
                 await _until_told(stop, lease)
@@ -151,8 +165,9 @@ async def _run(
     finally:
         for task in (asking, running):
             task.cancel()
-        learner.journal.close()
-        learner.history.close()
+        for asked in unanswered(learner.progress.checkpoint_requests):
+            asked.set_exception(CheckpointError("the run has ended"))
+        learner.record.close()
         await learner.inbox.close()
         await learner.saver.close()
         await learner.publisher.close()

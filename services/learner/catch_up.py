@@ -12,7 +12,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 
 from protos import rollout_pb2 as pb
 from services.learner.peer import Peer, left_behind
@@ -31,8 +31,12 @@ MAX_STREAMS = 4
 """Replicas that are brought up at a time: they share the learner's network and event loop."""
 
 STREAM_TIMEOUTS = 5
-"""A stream may take this many times `weights.timeout_seconds`: nobody waits for it, several share
-the way, and a replica that dies meanwhile is noticed by its lease."""
+"""A stream may take this many times `weights.timeout_seconds`, besides what its bytes need at
+`weights.min_mib_per_second` if MAX_STREAMS share the way: nobody waits for it, and a replica that
+dies meanwhile is noticed by its lease."""
+
+MAX_STREAM_SECONDS = 86_400.0
+"""Replicas refuse to wait for longer."""
 
 
 class CatchUp:
@@ -114,12 +118,18 @@ class CatchUp:
 
     def _start(self, peer: Peer, version: Version) -> None:
         peer.is_taken = True
-        stream = asyncio.create_task(self._bring_up(peer, version), name=f"stream to {peer.name}")
+        # Now, not when the stream begins: the next publication takes memory that nobody reads.
+        offer = ExitStack()
+        ticket = offer.enter_context(self._offering(version))
+        stream = asyncio.create_task(
+            self._bring_up(peer, version, ticket), name=f"stream to {peer.name}"
+        )
         self._streams.add(stream)
-        stream.add_done_callback(lambda done: self._end(peer, done))
+        stream.add_done_callback(lambda done: self._end(peer, done, offer))
 
-    def _end(self, peer: Peer, stream: asyncio.Task[None]) -> None:
+    def _end(self, peer: Peer, stream: asyncio.Task[None], offer: ExitStack) -> None:
         peer.is_taken = False
+        offer.close()
         self._streams.discard(stream)
         if stream.cancelled():
             return
@@ -132,7 +142,7 @@ class CatchUp:
         WEIGHT_SYNC_STREAMS.labels(result="ok" if error is None else "error").inc()
         self._start_streams()
 
-    async def _bring_up(self, peer: Peer, version: Version) -> None:
+    async def _bring_up(self, peer: Peer, version: Version, ticket: str) -> None:
         """Raises PeerError if the replica does not serve the version afterwards."""
         started, seconds = time.monotonic(), self._refitter.timeout_seconds
         status = await peer.ask_status(timeout_seconds=seconds)
@@ -140,13 +150,11 @@ class CatchUp:
             peer.confirm(version.policy_version)
             logger.info("%s serves version %d already", peer.name, version.policy_version)
             return
-        with self._offering(version) as ticket:
-            stream_seconds = STREAM_TIMEOUTS * seconds
-            source = WeightSource(self._address, ticket, stream_seconds)
-            await self._refitter.begin(
-                peer, version.policy_version, version.manifest, source=source
-            )
-            await self._refitter.commit(peer, version, wait_seconds=stream_seconds)
+        wire_seconds = self._refitter.wire_seconds(version.manifest, num_copies=MAX_STREAMS)
+        stream_seconds = min(STREAM_TIMEOUTS * seconds + wire_seconds, MAX_STREAM_SECONDS)
+        source = WeightSource(self._address, ticket, stream_seconds)
+        await self._refitter.begin(peer, version.policy_version, version.manifest, source=source)
+        await self._refitter.commit(peer, version, wait_seconds=stream_seconds)
         logger.info(
             "brought %s up to version %d in %.2f s",
             peer.name,

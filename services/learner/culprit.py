@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from shared.stream import PROMPTS, ROLLOUTS, Holder
+from shared.stream import NOBODY, PROMPTS, ROLLOUTS, Holder
 
 _SHOWN_NAMES = 3
 
@@ -47,6 +47,20 @@ class Station:
     waiting: int = 0
     holders: Sequence[Holder] = ()
     leases: Collection[str] = ()
+
+    @classmethod
+    def of(
+        cls,
+        stream: Literal["prompts", "rollouts"],
+        *,
+        waiting: int,
+        holders: Sequence[Holder],
+        leases: Collection[str],
+    ) -> Station:
+        """As the stream says; what was given back waits like what nobody has taken."""
+        given_back = sum(each.num_entries for each in holders if each.consumer == NOBODY)
+        holders = [each for each in holders if each.consumer != NOBODY]
+        return cls(stream, waiting + given_back, holders, leases)
 
     @property
     def kind(self) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from services.learner.batch import Batch, build_batch, collate_sequences
 from services.learner.measures import StepReport
 from services.learner.parts import UNREADABLE, check_parts, unreadable
-from services.learner.policy import Policy, export_policy
+from services.learner.policy import Policy, export_policy, load_policy
 from services.learner.policy_weights import PolicyWeights
 from services.learner.ranks import Command, Opcode, Ranks
 from services.learner.reshape import reshaped
@@ -64,13 +64,13 @@ class LearnerEngine:
             StartError: there is no such model.
         """
         torch.set_num_threads(config.learner.threads)
-        policy = _load_policy(config, model_path)
+        policy = load_policy(config, model_path)
         if config.learner.lora is not None:
             policy.add_adapters(config.learner.lora, seed=config.run.seed)
         ranks = Ranks.join(environment)
         reference = None
         if config.reference_kl.coef > 0 and policy.adapters is None:
-            reference = _load_policy(config, model_path).requires_grad_(False).to(ranks.device)
+            reference = load_policy(config, model_path).requires_grad_(False).to(ranks.device)
         if config.learner.activation_checkpointing:
             policy.checkpoint_activations(is_reentrant=config.learner.zero_stage == 3)
         model = ZeroModel(policy, reference, ranks, config, local_rank=environment.local_rank)
@@ -174,12 +174,12 @@ class LearnerEngine:
         Adapters are in it, and stand once more in `adapter`, in peft's form.
         """
         weights = {name: weight.cpu() for name, weight in self.weights()}
-        export_policy(self._policy, weights, self._model_path, folder)
+        adapters = None
         if self._policy.adapters is not None:
             count = len(self._weights.published())
             numbers = range(count, count + len(self._weights.adapters()))
-            parts = {name: weight.cpu() for name, weight in self._read(numbers)}
-            self._policy.adapters.export(folder / "adapter", parts, base=self._model_path)
+            adapters = {name: weight.cpu() for name, weight in self._read(numbers)}
+        export_policy(self._policy, weights, self._model_path, folder, adapters=adapters)
 
     def follow(self) -> None:
         """Obey rank 0 until it closes; for every other rank.
@@ -272,12 +272,3 @@ class LearnerEngine:
         self._is_open = False
         self._writing.end()
         self._model.leave()
-
-
-def _load_policy(config: RunConfig, model_path: str) -> Policy:
-    return Policy.load(
-        model_path,
-        dtype=getattr(torch, config.model.dtype),
-        chunk=config.learner.logit_chunk_tokens,
-        product_dtype=torch.float32 if config.learner.head_dtype == "float32" else None,
-    )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import count
 from typing import Literal
 
 from protos import rollout_pb2 as pb
 from protos import rollout_pb2_grpc as pb_grpc
-from services.learner.peer import Peer, ask_each, left_behind
+from services.learner.peer import Peer, ask_each, left_behind, rest_seconds
 from shared.broadcast import BroadcastGroup, GroupSpec, open_group, open_store
 from shared.errors import PeerError
 from shared.lease import Member, Registry
@@ -22,6 +24,17 @@ logger = logging.getLogger(__name__)
 
 _OPENING_THREADS = 64
 """Ends of groups that are opened at the same time; each waits in a thread for the other end."""
+
+_MAX_WORKERS = 1024
+"""Of one replica: the learner opens a group for each that a replica says it has."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Greeting:
+    """A newcomer is asked who it is; `was_asked` once, and then nobody waits for it any more."""
+
+    task: asyncio.Task[None]
+    was_asked: asyncio.Event
 
 
 class Fleet:
@@ -54,7 +67,9 @@ class Fleet:
         self._store = open_store(host)
         self._epoch = 0
         self._peers: dict[str, Peer] = {}
-        self._meeting = asyncio.Lock()
+        self._greetings: dict[str, _Greeting] = {}
+        self._num_looks = 0
+        self._newest_look = 0
         self._threads = ThreadPoolExecutor(_OPENING_THREADS, thread_name_prefix="open-group")
 
     @property
@@ -68,14 +83,26 @@ class Fleet:
         return self._layout == "one"
 
     async def meet(self) -> None:
-        """Follow the leases: a channel to whoever came, none to whoever went."""
-        async with self._meeting:
-            members = {member.token: member for member in await self._registry.members("rollout")}
-            for token in set(self._peers) - set(members):
-                logger.warning("replica %s is gone", self._peers[token].name)
-                await self._part(token)
-            newcomers = set(members) - set(self._peers)
-            await asyncio.gather(*(self._greet(members[token]) for token in newcomers))
+        """Follow the leases: a channel to whoever came, none to whoever went.
+
+        Who came belongs to `peers` once it has answered. That is waited for when the lease is new
+        only: one that does not answer then holds nobody up any more, and is asked again beside.
+        """
+        self._num_looks += 1
+        look = self._num_looks
+        members = {member.token: member for member in await self._registry.members("rollout")}
+        if look < self._newest_look:
+            return  # a later look has seen newer leases, and this one may have waited for Redis
+        self._newest_look = look
+        for token in set(self._greetings) - set(members):
+            self._greetings[token].task.cancel()
+        for token in set(members) - set(self._peers) - set(self._greetings):
+            self._begin_to_greet(members[token])
+        gone = [self._part(token) for token in set(self._peers) - set(members)]
+        for peer in gone:
+            logger.warning("replica %s is gone", peer.name)
+        await asyncio.gather(*(peer.channel.close() for peer in gone))
+        await asyncio.gather(*(each.was_asked.wait() for each in self._greetings.values()))
 
     async def ask_who_lives(self, peers: list[Peer]) -> dict[Peer, PeerError]:
         """Ask each for a sign of life; returns the silent. A stopped process gives none."""
@@ -84,8 +111,12 @@ class Fleet:
             {peer: peer.ask_status(timeout_seconds=timeout_seconds) for peer in peers}
         )
 
-    async def connect(self, peers: list[Peer]) -> list[Peer]:
-        """See that each has its groups; returns those that do, the others are left behind."""
+    async def connect(self, peers: list[Peer], *, until: float) -> list[Peer]:
+        """See that each has its groups; returns those that do, the others are left behind.
+
+        Args:
+            until: monotonic; a group of all that did not form is not tried again later.
+        """
         # An end that is opened holds a thread until the other end comes: never for a dead one.
         silent = await self.ask_who_lives([peer for peer in peers if not peer.groups])
         left_behind(silent, doing="asking whether it is there")
@@ -93,7 +124,7 @@ class Fleet:
         if self._layout == "pairs":
             await self._connect_pairs([peer for peer in peers if not peer.groups])
         else:
-            await self._connect_all(peers)
+            await self._connect_all(peers, until)
         connected = [peer for peer in peers if peer.groups]
         if peers and not connected:
             # Living replicas, and none came through: the store itself may be what failed.
@@ -102,29 +133,53 @@ class Fleet:
 
     async def close(self) -> None:
         """Leave every group and close every channel."""
-        for token in list(self._peers):
-            await self._part(token)
+        greetings = [greeting.task for greeting in self._greetings.values()]
+        for greeting in greetings:
+            greeting.cancel()
+        await asyncio.gather(*greetings, return_exceptions=True)
+        gone = [self._part(token) for token in list(self._peers)]
+        await asyncio.gather(*(peer.channel.close() for peer in gone))
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _greet(self, member: Member) -> None:
-        channel = open_channel(member.address, role=ROLLOUT, tls=self._tls)
-        peer = Peer(member, channel, pb_grpc.RolloutStub(channel), num_workers=1)
-        try:
-            status = await peer.ask_status(timeout_seconds=self._timeout_seconds)
-        except PeerError as error:
-            logger.warning("replica does not answer yet: %s", error)
-            await channel.close()
-            return
-        peer.num_workers = max(1, status.num_workers)
-        self._peers[member.token] = peer
-        logger.info("met replica %s at %s", member.name, member.address)
+    def _begin_to_greet(self, member: Member) -> None:
+        def forget(done: asyncio.Task[None]) -> None:
+            del self._greetings[member.token]
+            was_asked.set()
+            if not done.cancelled() and (error := done.exception()) is not None:
+                logger.error("%s not met", member.name, exc_info=error)
 
-    async def _part(self, token: str) -> None:
+        was_asked = asyncio.Event()
+        task = asyncio.create_task(self._greet(member, was_asked), name=f"greets {member.name}")
+        self._greetings[member.token] = _Greeting(task, was_asked)
+        task.add_done_callback(forget)
+
+    async def _greet(self, member: Member, was_asked: asyncio.Event) -> None:
+        """Ask who it is until it says so, with longer and longer rests; stops when cancelled."""
+        for num_failures in count(1):
+            # A channel of its own each time: one that failed waits long before it connects again.
+            channel = open_channel(member.address, role=ROLLOUT, tls=self._tls)
+            peer = Peer(member, channel, pb_grpc.RolloutStub(channel), num_workers=1)
+            try:
+                status = await peer.ask_status(timeout_seconds=self._timeout_seconds)
+                peer.num_workers = _workers_of(status)
+                self._peers[member.token] = peer
+            except PeerError as error:
+                logger.warning("replica does not answer yet: %s", error)
+            finally:
+                was_asked.set()
+                if member.token not in self._peers:
+                    await channel.close()
+            if member.token in self._peers:
+                logger.info("met replica %s at %s", member.name, member.address)
+                return
+            await asyncio.sleep(rest_seconds(num_failures))
+
+    def _part(self, token: str) -> Peer:
         """Whoever waits for it, in a call or in a transfer, need not wait any longer."""
         peer = self._peers.pop(token)
         peer.gone.set()
         peer.leave_groups()
-        await peer.channel.close()
+        return peer
 
     async def _connect_pairs(self, newcomers: list[Peer]) -> None:
         specs = []
@@ -149,13 +204,13 @@ class Fleet:
             raise
         peer.groups, peer.epoch = opened, spec.epoch
 
-    async def _connect_all(self, peers: list[Peer]) -> None:
+    async def _connect_all(self, peers: list[Peer], until: float) -> None:
         """One group of exactly these; a culprit is left out and the rest tries again."""
         while peers and not self._share_a_group(peers):
             for peer in self._peers.values():
                 peer.leave_groups()
             joined = await self._form_group(peers)
-            if len(joined) == len(peers):
+            if len(joined) == len(peers) or time.monotonic() > until:
                 return
             peers = joined
 
@@ -247,6 +302,13 @@ class Fleet:
             world_size=world_size,
             timeout_seconds=self._timeout_seconds,
         )
+
+
+def _workers_of(status: pb.GetRolloutStatusResponse) -> int:
+    """Raises PeerError for more than any replica has."""
+    if status.num_workers > _MAX_WORKERS:
+        raise PeerError(f"{status.replica}: says that it has {status.num_workers} workers")
+    return max(1, status.num_workers)
 
 
 def _learner_end(spec: GroupSpec, *, worker: int) -> GroupSpec:

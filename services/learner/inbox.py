@@ -26,7 +26,7 @@ from shared.errors import StreamError
 from shared.metrics.learner import LEARNER_ABANDONED, LEARNER_DEGENERATE, LEARNER_DROPPED
 from shared.records import Outcome, Purpose, ScoredGroup
 from shared.rl.staleness import staleness
-from shared.stream import SCORED, Entry, Stream
+from shared.stream import SCORED, Stream
 
 logger = logging.getLogger(__name__)
 
@@ -124,8 +124,9 @@ class Inbox:
         were replaced for this batch: then they are taken as they come, so that a task that is
         all solved or all failed does not stop the run.
 
-        `while_waiting` is called with the number of groups still missing whenever none came; if
-        it raises, the groups taken so far stay pending.
+        `while_waiting` is called with the number of groups still missing whenever none came, or
+        none goes on because dead letters are full; if it raises, the groups taken so far stay
+        pending.
         """
         max_replaced = self._max_degenerate_batches * count if self._replace_degenerate else 0
         batch = self._batch = {}
@@ -134,7 +135,9 @@ class Inbox:
         while len(batch) < count:
             arrivals = await self._reader.next(count - len(batch))
             for arrival in arrivals:
-                group = await self._sort(arrival)
+                group = await self._sort(
+                    arrival, while_full=lambda: while_waiting(count - len(batch))
+                )
                 if group is None or not await self._is_trainable(
                     group, policy_version, batch, max_replaced
                 ):
@@ -155,7 +158,7 @@ class Inbox:
         while self._evaluator.num_under_way:
             arrivals = await self._reader.next(64)
             for arrival in arrivals:
-                if await self._sort(arrival) is None:
+                if await self._sort(arrival, while_full=lambda: while_waiting(0)) is None:
                     self._unacknowledged.append(arrival.entry.id)
             if not arrivals:
                 await while_waiting(0)
@@ -171,11 +174,23 @@ class Inbox:
         self._reader.forget(contained)
         del self._unacknowledged[: len(contained)]
 
-    async def _sort(self, arrival: Arrival) -> ScoredGroup | None:
-        """The training group that came; what else it may be is dealt with here."""
+    async def _sort(
+        self, arrival: Arrival, *, while_full: Callable[[], Awaitable[None]]
+    ) -> ScoredGroup | None:
+        """The training group that came; what else it may be is dealt with here.
+
+        `while_full` is called now and then while there is no room for a dead letter.
+        """
         group = arrival.content
         if isinstance(group, StreamError):
-            await self._bury(arrival.entry, group)
+            LEARNER_DROPPED.labels(reason="malformed").inc()
+            await bury(
+                arrival.entry,
+                self._scored,
+                self._dead_letter,
+                error=str(group),
+                while_full=while_full,
+            )
             return None
         if group.rollout.prompt.purpose is Purpose.TRAIN:
             return group
@@ -252,10 +267,6 @@ class Inbox:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
         LEARNER_DROPPED.labels(reason=reason).inc(len(group.scores))
         trace_end("drop", group, began=time.time(), reason=reason)
-
-    async def _bury(self, entry: Entry, error: StreamError) -> None:
-        LEARNER_DROPPED.labels(reason="malformed").inc()
-        await bury(entry, self._scored, self._dead_letter, error=str(error))
 
 
 def trace_end(

@@ -28,26 +28,19 @@ from typing import Any, Protocol
 from services.learner.checkpoint import Checkpoint, newest_checkpoint
 from services.learner.evaluation import Evaluator, LawFit
 from services.learner.feeder import Feeder
-from services.learner.inbox import Inbox, group_staleness, trace_end
-from services.learner.journal import Journal
+from services.learner.inbox import Inbox, trace_end
 from services.learner.ledger import Ledger
 from services.learner.measures import StepReport
 from services.learner.outage import StopRequestedError
 from services.learner.progress import Progress
 from services.learner.publisher import OnEngine, Publication, Publisher
 from services.learner.reconcile import Reconciler
+from services.learner.run_record import RunRecord
 from services.learner.saver import EngineSnapshot, Saver
-from services.learner.telemetry import (
-    count_step,
-    numbers,
-    observe_queues,
-    step_row,
-    without_nan,
-)
+from services.learner.telemetry import observe_queues
 from shared.config import RunConfig
 from shared.errors import CheckpointError, StreamError
 from shared.metrics.learner import LEARNER_PHASE
-from shared.metrics.quantities import LearnerGauges
 from shared.records import ScoredGroup
 from shared.redis_stream import Streams
 
@@ -84,9 +77,7 @@ class Learner:
     publisher: Publisher
     engine: TrainingEngine
     on_engine: OnEngine
-    journal: Journal
-    history: Journal
-    gauges: LearnerGauges
+    record: RunRecord
     progress: Progress
     phases: dict[str, float] = field(default_factory=dict)
     saver: Saver = field(init=False)
@@ -128,16 +119,23 @@ class Learner:
     def on_evaluated(self, metrics: dict[str, Any]) -> None:
         """An evaluation is complete: a point of the law, and a row of its own."""
         self.law.add_score(int(metrics["eval_policy_version"]), metrics["eval_score"])
-        self._write({"step": self.progress.step, **metrics, **self.law.metrics()})
+        self.record.write({"step": self.progress.step, **metrics})
 
     async def _begin(self, *, resume: bool) -> None:
-        checkpoint = newest_checkpoint(self._checkpoints) if resume else None
+        checkpoint = None
+        if resume:
+            self.progress.enter("reads the checkpoint to go on from", is_waiting=True)
+            # All of it, which may take minutes; leases and health are answered meanwhile.
+            checkpoint = await asyncio.to_thread(newest_checkpoint, self._checkpoints)
+            if self.progress.is_stopping:
+                raise StopRequestedError
         step = checkpoint.step if checkpoint else 0
-        lengths = checkpoint.state["journals"] if checkpoint else {}
-        for name, journal in self._journals.items():
-            journal.cut_to(lengths.get(name, 0))
+        state = checkpoint.state if checkpoint else {}
+        self.record.cut_to(state.get("journals", {}), state.get("rows"))
         if checkpoint is not None:
             await self._restore(checkpoint)
+        if resume:
+            await self.reconciler.drop_lost_evaluations(step=step)
         await self._publish()
         if resume:
             await self.inbox.recover()
@@ -165,73 +163,29 @@ class Learner:
             report: StepReport = await self.on_engine(
                 lambda: self.engine.train(batch, step=step, policy_version=before)
             )
-        self._finish_groups(step, batch, policy_version=before)
         for group in batch:
+            self.ledger.finish(self.ledger.position(group.rollout.prompt.uid))
             trace_end("train", group, began=began, step=step)
+        self.record.write_trained(step, batch, policy_version=before)
         self.progress.step_ended(step)
         publication = await self._publish()
         self._learn_entropy(before, report)
-        self._record(batch, report, seconds=time.monotonic() - started, publication=publication)
+        self.record.write_step(
+            batch,
+            report,
+            phases=self.phases,
+            seconds=time.monotonic() - started,
+            publication=publication,
+        )
         if self.evaluator.is_due(step):
             await self.evaluator.issue(step, policy_version=step)
         if step % self.config.checkpoint.every_steps == 0:
             await self._checkpoint()
 
-    def _finish_groups(self, step: int, batch: list[ScoredGroup], *, policy_version: int) -> None:
-        prompts = [group.rollout.prompt for group in batch]
-        for prompt in prompts:
-            self.ledger.finish(self.ledger.position(prompt.uid))
-        uids = [prompt.uid for prompt in prompts]
-        self.history.write(
-            {
-                "step": step,
-                "trained": [[uid.epoch, uid.index, uid.attempt] for uid in uids],
-                "problems": [prompt.problem_index for prompt in prompts],
-                "staleness": [group_staleness(group, policy_version) for group in batch],
-                "max_staleness": self.config.learner.max_staleness,
-                **self.ledger.account(),
-            }
-        )
-
     def _learn_entropy(self, policy_version: int, report: StepReport) -> None:
         entropy = report.metrics.get("entropy_after_filter", math.nan)
         if math.isfinite(entropy):
             self.law.add_entropy(policy_version, entropy)
-
-    def _record(
-        self,
-        batch: list[ScoredGroup],
-        report: StepReport,
-        *,
-        seconds: float,
-        publication: Publication | None,
-    ) -> None:
-        count_step(
-            batch,
-            report,
-            loss_mode=self.config.policy_loss.loss_mode,
-            seconds=seconds,
-        )
-        row = step_row(
-            batch,
-            report,
-            step=self.progress.step,
-            policy_version=self.progress.policy_version,
-            max_staleness=self.config.learner.max_staleness,
-            phases=self.phases,
-            seconds=seconds,
-            pause_seconds=publication.pause_seconds if publication else 0.0,
-        )
-        row |= publication.phases if publication else {}
-        row["groups_replaced"] = self.inbox.num_replaced
-        dropped = {f"dropped_{reason}": n for reason, n in sorted(self.inbox.dropped.items())}
-        waiting = {f"queue_{name}": depth for name, depth in self.progress.queues.items()}
-        self._write({**row, **self.law.metrics(), **dropped, **waiting})
-
-    def _write(self, row: dict[str, Any]) -> None:
-        self.journal.write(row)
-        self.progress.metrics = without_nan({**self.progress.metrics, **numbers(row)})
-        self.gauges.show(self.progress.metrics)
 
     async def _publish(self) -> Publication | None:
         """None if the run is to stop while Redis is away; resumed, it publishes before all else."""
@@ -315,13 +269,15 @@ class Learner:
         """Begin a checkpoint of what the run is now; it is written while the loop goes on."""
         step = self.progress.step
         with self._phase("checkpoint", f"takes the checkpoint of step {step}"):
+            await asyncio.to_thread(self.record.sync)
             await self.saver.save(
                 {
                     "ledger": self.ledger.state_dict(),
                     "evaluator": self.evaluator.state_dict(),
                     "law": self.law.state_dict(),
                     "metrics": self.progress.metrics,
-                    "journals": {name: each.num_bytes for name, each in self._journals.items()},
+                    "journals": self.record.lengths,
+                    "rows": self.record.kept,
                 },
                 scores=self.law.scores,
             )
@@ -355,8 +311,7 @@ class Learner:
                 f"{checkpoint.folder} is of another run or release ({error}); resume with the run"
                 " file and the release that wrote it"
             ) from None
-        self.progress.metrics = state["metrics"]
-        self.gauges.show(state["metrics"])
+        self.record.show(state["metrics"])
         await self.on_engine(lambda: self.engine.load(checkpoint.engine_folder))
         self.progress.step = self.progress.policy_version = checkpoint.step
         logger.info("resumed from %s", checkpoint.folder)
@@ -371,10 +326,6 @@ class Learner:
             spent = time.monotonic() - started
             self.phases[name] = self.phases.get(name, 0.0) + spent
             LEARNER_PHASE.labels(phase=name).inc(spent)
-
-    @property
-    def _journals(self) -> dict[str, Journal]:
-        return {"metrics": self.journal, "ledger": self.history}
 
     @property
     def _checkpoints(self) -> Path:

@@ -14,7 +14,7 @@ import grpc
 
 from protos import rollout_pb2 as pb
 from protos import rollout_pb2_grpc as pb_grpc
-from shared.broadcast import BroadcastGroup
+from shared.broadcast import SLOW, BroadcastGroup
 from shared.errors import PeerError
 from shared.lease import Member
 from shared.metrics.weights import WEIGHT_SYNC_OPERATIONS
@@ -29,6 +29,10 @@ PROBE_SECONDS = 5.0
 
 MAX_REST_SECONDS = 10.0
 """Between two attempts on a replica that fails again and again."""
+
+SLOW_SECONDS = 600.0
+"""One that was too slow for a broadcast is left to streams for this long: the others went in step
+with it, and would again."""
 
 GONE = "GONE"
 """`PeerError.status` of a replica whose lease ran out while it was waited for."""
@@ -48,6 +52,7 @@ class Peer:
         epoch: in which those groups were formed.
         num_failures: refits that failed since the last that did not.
         rests_until: on the monotonic clock; nobody is to begin another before.
+        slow_until: on the monotonic clock; a group is not for it before.
         is_taken: somebody brings a version to it; nobody else may.
         gone: set when its lease has run out.
         asked_at: monotonic seconds at which it was asked what it has not answered; else None.
@@ -62,6 +67,7 @@ class Peer:
     epoch: int = 0
     num_failures: int = 0
     rests_until: float = 0.0
+    slow_until: float = 0.0
     is_taken: bool = False
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     asked_at: float | None = None
@@ -75,6 +81,11 @@ class Peer:
     def is_resting(self) -> bool:
         """Whether it failed so lately that to ask again would be in vain."""
         return time.monotonic() < self.rests_until
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether it was too slow for a broadcast lately."""
+        return time.monotonic() < self.slow_until
 
     def confirm(self, policy_version: int) -> None:
         """It serves this version, with the learner's own weights."""
@@ -124,6 +135,12 @@ class Peer:
         )
 
 
+def rest_seconds(num_failures: int) -> float:
+    """How long to leave one in peace that failed so often in a row."""
+    # For one that failed for hours 2 ** num_failures is no float any more.
+    return min(2.0 ** min(num_failures - 1, 10), MAX_REST_SECONDS)
+
+
 @contextmanager
 def taking(peers: Iterable[Peer]) -> Iterator[list[Peer]]:
     """Those of the peers that nobody else brings a version to, until the end of the context."""
@@ -151,12 +168,13 @@ async def ask_each(calls: Mapping[Peer, Awaitable[object]]) -> dict[Peer, PeerEr
 
 def left_behind(failed: Mapping[Peer, PeerError], *, doing: str) -> None:
     """These serve nothing the learner vouches for, until a refit succeeds."""
-    results = {"DEADLINE_EXCEEDED": "timeout", CANARY: "canary"}
+    results = {"DEADLINE_EXCEEDED": "timeout", SLOW: "timeout", CANARY: "canary"}
     for peer, error in failed.items():
         WEIGHT_SYNC_OPERATIONS.labels(result=results.get(error.status, "error")).inc()
         logger.warning("left %s behind while %s: %s", peer.name, doing, error)
         peer.policy_version = None
+        if error.status == SLOW:
+            peer.slow_until = time.monotonic() + SLOW_SECONDS
         peer.num_failures += 1
-        rest_seconds = min(2.0 ** (peer.num_failures - 1), MAX_REST_SECONDS)
-        peer.rests_until = time.monotonic() + rest_seconds
+        peer.rests_until = time.monotonic() + rest_seconds(peer.num_failures)
         peer.leave_groups()

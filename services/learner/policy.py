@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,11 @@ from services.learner.balance import PassCost
 from services.learner.batch import MicroBatch
 from services.learner.lora import Adapters
 from services.learner.packing import PACKED, Packing
+from services.learner.supported import head_weight, pass_cost
+from shared.config import RunConfig
 from shared.config.services import LoraConfig
 from shared.errors import ConfigError, StartError
 from shared.rl.entropy import TokenStatistics, fused_logprob_entropy
-
-LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Keys of a model's configuration under which it changes logits after its head."""
 
 
 class FusedHead(nn.Module):
@@ -81,11 +81,12 @@ class Policy(nn.Module):
         self.head = FusedHead(chunk, product_dtype)
         # In a tuple, because as an attribute it would be registered as a parameter twice; and
         # not looked up in forward, where ZeRO-3 gathers every parameter that is looked at.
-        self._head_weight = (_head_weight(model),)
+        self._head_weight = (head_weight(model),)
         # Counted here, because ZeRO-3 leaves a rank only a part of each weight.
-        self._cost = _pass_cost(model, self.head_weight)
+        self._cost = pass_cost(model, self.head_weight)
         self._own_attention = model.config._attn_implementation
         self._is_packed = False
+        self._takes_own_logits = False
         self.adapters: Adapters | None = None
         # Dropout would make the ratio of two passes differ from 1 without any update.
         self.eval()
@@ -161,6 +162,15 @@ class Policy(nn.Module):
         self._is_packed = is_packed
         return True
 
+    @contextlib.contextmanager
+    def own_logits(self) -> Iterator[None]:
+        """Within it a pass is the model's own, logits and all, at temperature 1 and padded."""
+        self._takes_own_logits = True
+        try:
+            yield
+        finally:
+            self._takes_own_logits = False
+
     def checkpoint_activations(self, *, is_reentrant: bool) -> None:
         """Keep what goes from layer to layer, and compute the rest again in the backward pass.
 
@@ -221,11 +231,23 @@ class Policy(nn.Module):
                 and the removed mass.
             with_mean_pull: whether `mean_pull` is there.
         """
+        if self._takes_own_logits:
+            return self._own_statistics(input_ids, packing, predictors, targets)
         hidden = self._hidden(input_ids, packing).index_select(0, predictors)
         outputs: tuple[Tensor, ...] = self.head(
             hidden, self.head_weight, targets, temperature, clamp_p, with_mean_pull
         )
         return outputs
+
+    def _own_statistics(
+        self, input_ids: Tensor, packing: Packing, predictors: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        tokens, places = packing.padded()
+        logits: Tensor = self.model(input_ids=input_ids[tokens], use_cache=False).logits
+        rows = logits.flatten(0, 1).index_select(0, places.index_select(0, predictors))
+        logprobs = rows.float().log_softmax(-1)
+        entropies = -(logprobs.exp() * logprobs).sum(-1)
+        return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropies
 
     def _hidden(self, input_ids: Tensor, packing: Packing) -> Tensor:
         """Hidden states [T, D]."""
@@ -242,6 +264,21 @@ class Policy(nn.Module):
         padded = self.model.base_model(input_ids=input_ids[tokens], use_cache=False)
         rows: Tensor = padded.last_hidden_state
         return rows.flatten(0, 1).index_select(0, places)
+
+
+def load_policy(config: RunConfig, model_path: str) -> Policy:
+    """As the run wants it, without adapters.
+
+    Raises:
+        StartError: as `Policy.load`.
+        ConfigError: as `Policy.load`.
+    """
+    return Policy.load(
+        model_path,
+        dtype=getattr(torch, config.model.dtype),
+        chunk=config.learner.logit_chunk_tokens,
+        product_dtype=torch.float32 if config.learner.head_dtype == "float32" else None,
+    )
 
 
 def read_statistics(
@@ -266,15 +303,25 @@ def read_statistics(
     return TokenStatistics(logprob, entropy, clamped, removed, rest[0] if rest else None)
 
 
-def export_policy(policy: Policy, weights: Mapping[str, Tensor], source: str, folder: Path) -> None:
-    """Write a model in Hugging Face form, merged where it has adapters.
+def export_policy(
+    policy: Policy,
+    weights: Mapping[str, Tensor],
+    source: str,
+    folder: Path,
+    *,
+    adapters: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a model in Hugging Face form, with its tokenizer.
 
     Args:
-        weights: whole, on the host.
+        weights: whole, on the host; merged where the policy has adapters.
         source: where the policy was loaded from; its tokenizer goes with the weights.
+        adapters: their own weights, whole, on the host; they go to `adapter`, in peft's form.
     """
     policy.model.save_pretrained(folder, state_dict=dict(weights))
     _copy_tokenizer(source, folder)
+    if policy.adapters is not None and adapters is not None:
+        policy.adapters.export(folder / "adapter", adapters, base=source)
 
 
 def _drop_frozen(
@@ -284,37 +331,6 @@ def _drop_frozen(
     for name, weight in policy.named_parameters(remove_duplicate=False):
         if not weight.requires_grad:
             state_dict.pop(prefix + name, None)
-
-
-def _pass_cost(model: Any, head_weight: Tensor) -> PassCost:
-    """Multiplications and additions of a forward pass; of all experts where there are several."""
-    shape = model.config.get_text_config()
-    matrices = sum(each.numel() for each in model.base_model.parameters() if each.dim() > 1)
-    num_heads = getattr(shape, "num_attention_heads", 0) or 0
-    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // max(1, num_heads)
-    return PassCost(
-        per_token=2 * (matrices - model.get_input_embeddings().weight.numel()),
-        per_prediction=2 * head_weight.numel(),
-        per_pair=4 * shape.num_hidden_layers * num_heads * head_dim,
-    )
-
-
-def _head_weight(model: Any) -> nn.Parameter:
-    head = model.get_output_embeddings()
-    if head is None or getattr(head, "bias", None) is not None:
-        raise ConfigError(
-            f"model of type {type(model).__name__}: its output embedding has a bias or is"
-            " missing; models with a plain linear head are supported"
-        )
-    for key in LOGIT_TRANSFORMS:
-        value = getattr(model.config, key, None)
-        if value not in (None, 1.0):
-            raise ConfigError(
-                f"model of type {type(model).__name__}: {key} = {value} changes logits after the"
-                " head; models without it are supported"
-            )
-    weight: nn.Parameter = head.weight
-    return weight
 
 
 def _copy_tokenizer(model_path: str, folder: Path) -> None:

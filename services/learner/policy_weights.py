@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from services.learner.lora import Adapters
 from services.learner.policy import Policy
@@ -86,6 +86,19 @@ class PolicyWeights:
                 start, size = stop, 0
             size += weight_bytes
         yield range(start, len(weights))
+
+
+def load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
+    """Load a state dict that has all but what is frozen.
+
+    Raises:
+        ValueError: it is of other weights.
+    """
+    known = dict(dst.named_parameters(remove_duplicate=False))
+    missing, unexpected = dst.load_state_dict(src, strict=False)
+    lacking = [name for name in missing if name not in known or known[name].requires_grad]
+    if lacking or unexpected:
+        raise ValueError(f"it is of other weights, {[*lacking, *unexpected][0]} for one")
 
 
 def _place(adapters: Adapters, name: str, held: Tensor) -> Weight:

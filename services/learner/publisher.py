@@ -10,25 +10,31 @@ A publication goes in rounds. Each is for the replicas that do not serve the ver
 
 Whoever fails or is silent past a deadline is named, counted and left out of the groups; the next
 round tries it again in a new one, unless it failed twice, is gone, or `republish_seconds` have
-passed. Where one group reaches all, a member that breaks it breaks it for everyone: those who can
-say that they live are not blamed for it. The version is announced once any replica serves it; who
-still does not is STALE, and `services.learner.catch_up` or the next publication looks after it.
+passed, what is left of which is all that its transfer gets. Where one group reaches all, a member
+that breaks it breaks it for everyone: those who can say that they live are not blamed for it. The
+version is announced once any replica serves it. Who still does not may serve an older one: it
+reads the announcement, and samples nothing once that is beyond `learner.max_staleness`
+(`services.rollout.announced`). `services.learner.catch_up` or the next publication looks after it.
 
-Every wait has a deadline: `timeout_seconds` a call or a bucket, and the end of a replica's lease.
+Every wait has a deadline: `timeout_seconds` a call or a bucket, `Refitter.wire_seconds` besides for
+a whole transfer, and the end of a replica's lease. With a group for each replica the others go in
+step with a slow one until it is dropped, `timeout_seconds` behind them, and left to streams for a
+while. In one group of all nobody can tell who is slow, and all fail: streams bring up whom they
+can.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from services.learner.fleet import Fleet
-from services.learner.peer import CANARY, Peer, ask_each, left_behind, taking
+from services.learner.peer import Peer, ask_each, taking
 from services.learner.refit import Refitter, Version
+from services.learner.rounds import Rounds, Timed
 from shared import tracing
 from shared.broadcast import BroadcastGroup
 from shared.buckets import Manifest, StagedWeights
@@ -44,9 +50,6 @@ from shared.metrics.weights import (
 from shared.weight_transfer import SendReport, send_weights
 
 logger = logging.getLogger(__name__)
-
-MAX_FAILURES = 2
-"""Of one replica in one publication; more rounds for it would hold up the training."""
 
 CROWD = 8
 """Newcomers for which a broadcast is made while the learner waits anyway."""
@@ -96,37 +99,6 @@ class Publication:
             "publish_load_seconds": self.load_seconds,
             "publish_retries": self.retries,
         }
-
-
-@dataclass(slots=True)
-class _Progress:
-    """A publication under way; `pauses` has those that serve the version."""
-
-    policy_version: int
-    remaining: list[Peer]
-    version: Version | None = None
-    failures: Counter[Peer] = field(default_factory=Counter)
-    pauses: dict[Peer, float] = field(default_factory=dict)
-    seconds: dict[str, float] = field(
-        default_factory=lambda: {"gather": 0.0, "broadcast": 0.0, "load": 0.0}
-    )
-
-    def count(self, failed: dict[Peer, PeerError], *, doing: str) -> None:
-        """These failed, and are to blame."""
-        left_behind(failed, doing=doing)
-        for peer, error in failed.items():
-            # The same bytes loaded once more give the same canary.
-            self.failures[peer] += MAX_FAILURES if error.status == CANARY else 1
-
-    def drop_the_hopeless(self) -> None:
-        """Keep those for whom another round may do something."""
-        self.remaining = [
-            peer
-            for peer in self.remaining
-            if peer not in self.pauses
-            and self.failures[peer] < MAX_FAILURES
-            and not peer.gone.is_set()
-        ]
 
 
 class Publisher:
@@ -191,8 +163,9 @@ class Publisher:
         if not self._manifest:
             self._manifest = await self._on_engine(self._engine.manifest)
         with taking(self._behind(policy_version)) as targets:
-            under_way = _Progress(policy_version, list(targets))
-            num_rounds = await self._publish_in_rounds(under_way, started)
+            until = started + self._republish_seconds
+            under_way = Rounds(policy_version, list(targets), until)
+            await self._publish_in_rounds(under_way)
             unreached = [peer for peer in targets if peer not in under_way.pauses]
             for peer in unreached:
                 peer.policy_version = None
@@ -202,7 +175,7 @@ class Publisher:
             policy_version,
             served=tuple(peer.name for peer in targets if peer in under_way.pauses),
             failed=tuple(peer.name for peer in unreached),
-            retries=num_rounds - 1,
+            retries=under_way.num_rounds - 1,
             seconds=time.monotonic() - started,
             gather_seconds=under_way.seconds["gather"],
             broadcast_seconds=under_way.seconds["broadcast"],
@@ -225,7 +198,9 @@ class Publisher:
     def _behind(self, policy_version: int) -> list[Peer]:
         """Who does not serve the version; without those that a stream will be tried with later."""
         behind = [peer for peer in self.fleet.peers if peer.policy_version != policy_version]
-        return [peer for peer in behind if not (self.keeps_copy and peer.is_resting)]
+        if not self.keeps_copy:
+            return behind
+        return [peer for peer in behind if not (peer.is_resting or peer.is_slow)]
 
     async def announce(self, policy_version: int) -> None:
         """Some replica serves this version now."""
@@ -237,25 +212,22 @@ class Publisher:
         """Leave every group."""
         await self.fleet.close()
 
-    async def _publish_in_rounds(self, under_way: _Progress, started: float) -> int:
-        """Returns the number of rounds."""
-        num_rounds = 0
-        while num_rounds == 0 or under_way.remaining:
-            num_rounds += 1
-            if num_rounds > 1:
+    async def _publish_in_rounds(self, under_way: Rounds) -> None:
+        while under_way.num_rounds == 0 or under_way.remaining:
+            under_way.num_rounds += 1
+            if under_way.num_rounds > 1:
                 WEIGHT_SYNC_RETRIES.inc()
                 names = ", ".join(peer.name for peer in under_way.remaining)
                 logger.info("version %d again, for %s", under_way.policy_version, names)
             await self._round(under_way)
             under_way.drop_the_hopeless()
-            if time.monotonic() - started > self._republish_seconds:
+            if time.monotonic() > under_way.until:
                 break
         if under_way.version is None and self.keeps_copy:
             await self._send([], under_way)  # to nobody yet
-        return num_rounds
 
-    async def _round(self, under_way: _Progress) -> None:
-        peers = await self.fleet.connect(under_way.remaining)
+    async def _round(self, under_way: Rounds) -> None:
+        peers = await self.fleet.connect(under_way.remaining, until=under_way.until)
         under_way.failures.update(set(under_way.remaining) - set(peers))
         failed = await ask_each(
             {
@@ -270,17 +242,19 @@ class Publisher:
         if peers:
             await self._commit(await self._send(peers, under_way), under_way)
 
-    async def _send(self, peers: list[Peer], under_way: _Progress) -> list[Peer]:
+    async def _send(self, peers: list[Peer], under_way: Rounds) -> list[Peer]:
         """Broadcast on the engine's thread; the canary is scored there too."""
         groups = list(dict.fromkeys(group for peer in peers for group in peer.groups))
         is_first = under_way.version is None
         staged = self._make_room() if is_first and self.keeps_copy else None
-        gathering = _Timed(self._engine.weights)
+        gathering = Timed(self._engine.weights)
+        limit_seconds = self._limit_seconds(under_way, num_copies=len(groups))
 
         def send() -> tuple[SendReport, list[float]]:
             report = send_weights(
                 groups, gathering, self._manifest, bucket_bytes=self.refitter.bucket_bytes,
-                device=groups[0].device if groups else "cpu", staged=staged,
+                device=groups[0].device if groups else "cpu", limit_seconds=limit_seconds,
+                staged=staged,
             )  # fmt: skip
             canary = self._engine.score_tokens(self.refitter.canary_token_ids) if is_first else []
             return report, canary
@@ -298,6 +272,14 @@ class Publisher:
         await self._blame_senders(peers, report.failed, under_way)
         return [peer for peer in peers if peer.groups]
 
+    def _limit_seconds(self, under_way: Rounds, *, num_copies: int) -> float:
+        """Of a transfer to so many groups."""
+        wire_seconds = self.refitter.wire_seconds(self._manifest, num_copies=num_copies)
+        limit_seconds = 2 * self.refitter.timeout_seconds + wire_seconds
+        if under_way.num_rounds == 1:
+            return limit_seconds
+        return max(0.0, min(limit_seconds, under_way.until - time.monotonic()))
+
     def _make_room(self) -> StagedWeights:
         """Memory for a copy: the last one's, unless somebody still reads it."""
         last, self.version = self.version, None
@@ -309,7 +291,7 @@ class Publisher:
         self,
         peers: list[Peer],
         broken: dict[BroadcastGroup, Any],
-        under_way: _Progress,
+        under_way: Rounds,
     ) -> None:
         failed: dict[Peer, PeerError] = {
             peer: broken[group] for peer in peers for group in peer.groups if group in broken
@@ -321,7 +303,7 @@ class Publisher:
             failed = silent or failed
         under_way.count(failed, doing="receiving")
 
-    async def _commit(self, peers: list[Peer], under_way: _Progress) -> None:
+    async def _commit(self, peers: list[Peer], under_way: Rounds) -> None:
         version = under_way.version
         assert version is not None
         started = time.monotonic()
@@ -340,21 +322,3 @@ class Publisher:
                 peer.leave_groups()
             failed = to_blame or failed
         under_way.count(failed, doing="committing an update")
-
-
-class _Timed:
-    """Iterates over what `start` gives, and takes the time that producing it takes."""
-
-    def __init__(self, start: Callable[[], Iterator[tuple[str, Any]]]) -> None:
-        self.seconds = 0.0
-        self._start = start
-
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
-        items = self._start()
-        while True:
-            started = time.monotonic()
-            item = next(items, None)
-            self.seconds += time.monotonic() - started
-            if item is None:
-                return
-            yield item

@@ -17,12 +17,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import BroadcastOptions
 
 from shared.config import Environment
 from shared.errors import ConfigError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""Bounds a collective inside a command, where every rank is known to be at work."""
+"""Bounds a collective inside a command, where every rank is known to be at work; and what rank 0
+gives, for which the others wait."""
 
 COMMAND_TIMEOUT = timedelta(days=7)
 """Bounds the wait for rank 0's next command, which may wait for data. A rank 0 that dies closes
@@ -57,6 +59,8 @@ class Ranks:
         commands: a group on the host whatever the device, so that a rank that waits occupies no
             GPU; None for a single rank.
         writers: another one, for the threads that write a checkpoint while training goes on.
+        giving: bounds what rank 0 gives to a rank that may stand still, and the taking of what a
+            command announced.
     """
 
     rank: int
@@ -64,6 +68,7 @@ class Ranks:
     device: torch.device
     commands: Any
     writers: Any = None
+    giving: timedelta = COLLECTIVE_TIMEOUT
 
     @classmethod
     def join(cls, environment: Environment) -> Ranks:
@@ -90,16 +95,19 @@ class Ranks:
         return cls(environment.rank, environment.world_size, device, commands, writers)
 
     def send(self, command: Command) -> None:
-        """Rank 0 to all others."""
+        """Rank 0 to all others.
+
+        Raises:
+            RuntimeError: a rank is gone, or took nothing for as long as `giving`.
+        """
         assert self.rank == 0, "only rank 0 gives commands"
         if self.commands is None:
             return
         size = len(command.payload)
         header = torch.tensor([command.opcode, command.first, command.second, size])
-        dist.broadcast(header, src=0, group=self.commands)
+        self._broadcast(header)
         if size:
-            payload = torch.frombuffer(bytearray(command.payload), dtype=torch.uint8)
-            dist.broadcast(payload, src=0, group=self.commands)
+            self._broadcast(torch.frombuffer(bytearray(command.payload), dtype=torch.uint8))
 
     def receive(self) -> Command:
         """Wait for rank 0's next command.
@@ -112,7 +120,7 @@ class Ranks:
         opcode, first, second, size = header.tolist()
         payload = torch.zeros(size, dtype=torch.uint8)
         if size:
-            dist.broadcast(payload, src=0, group=self.commands)
+            self._broadcast(payload)
         return Command(Opcode(opcode), first, second, payload.numpy().tobytes())
 
     def tell_writers(self, payload: bytes) -> bytes:
@@ -152,7 +160,7 @@ class Ranks:
         """Rank 0 to each other, in their order; who gets an empty one is not sent any.
 
         Raises:
-            RuntimeError: a rank is gone.
+            RuntimeError: a rank is gone, or took nothing for as long as `giving`.
         """
         assert self.rank == 0, "only rank 0 hands out"
         sent = []
@@ -163,18 +171,26 @@ class Ranks:
                 assert work is not None, "rank 0 is in the group"
                 sent.append((tensor, work))
         for _, work in sent:
-            work.wait()
+            work.wait(self.giving)
 
     def take(self, size: int) -> bytes:
         """What rank 0 hands out to this one.
 
         Raises:
-            RuntimeError: rank 0 is gone.
+            RuntimeError: rank 0 is gone, or gave nothing for as long as `giving`.
         """
         payload = torch.zeros(size, dtype=torch.uint8)
         if size:
-            dist.recv(payload, 0, group=self.commands)
+            work = dist.irecv(payload, 0, group=self.commands)
+            assert work is not None, "this rank is in the group"
+            work.wait(self.giving)
         return payload.numpy().tobytes()
+
+    def _broadcast(self, tensor: Tensor) -> None:
+        """From rank 0, with a deadline of its own: the group's is that of the next command."""
+        options = BroadcastOptions()
+        options.rootRank, options.timeout = 0, self.giving
+        self.commands.broadcast([tensor], options).wait()
 
     def sum_in_place(self, values: Tensor) -> None:
         """Replace values by their sum over all ranks."""

@@ -10,13 +10,16 @@ has in hand counts as held, since a wiped stream no longer shows it. Labels are 
 a few hundred KB where the groups may be a GiB. A person who puts a dead letter back moves it the
 other way; if that is missed, the group is issued once more, and its second arrival is dropped by
 the ledger like every duplicate. For the same reason nothing here can train a group twice.
+
+With each look the policy version is announced again, as Redis may have fallen back to an older
+one: replicas that hear it would take themselves for ahead of the learner, and wait.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -62,6 +65,7 @@ class Reconciler:
     """Compares what is out with what is somewhere.
 
     Args:
+        announce: tells the replicas which version is published.
         seconds: without a group coming, between two looks.
         max_attempts: a prompt of which as many groups became dead letters is given up.
     """
@@ -74,6 +78,7 @@ class Reconciler:
         feeder: Feeder,
         evaluator: Evaluator,
         inbox: Inbox,
+        announce: Callable[[int], Awaitable[None]],
         on_evaluated: Callable[[dict[str, Any]], None],
         seconds: float,
         max_attempts: int,
@@ -83,14 +88,34 @@ class Reconciler:
         self._feeder = feeder
         self._evaluator = evaluator
         self._inbox = inbox
+        self._announce = announce
         self._on_evaluated = on_evaluated
         self._seconds = seconds
         self._max_attempts = max_attempts
         self._server = ""
         self._looked_at = time.monotonic()
 
+    async def drop_lost_evaluations(self, *, step: int) -> None:
+        """After a crash: take evaluations of steps after `step`, to which the run went back, away.
+
+        Their weights are lost, and the steps will be evaluated when they come again. Until then
+        these groups would hold the places of the replicas, which wait for the version; and results
+        that are there already would count for other weights.
+        """
+        streams = self._streams
+        for stream in (streams.prompts, streams.rollouts, streams.scored):
+            lost = [
+                id
+                for id, (purpose, uid) in (await self._groups_in(stream)).items()
+                if purpose is Purpose.EVAL and uid.epoch > step
+            ]
+            await stream.acknowledge(lost)
+            if lost:
+                logger.info("took %d lost evaluation groups off %s", len(lost), stream.name)
+
     async def recover(self, *, policy_version: int) -> None:
         """After a crash: adopt what the streams hold, issue again what they lost."""
+        await self._announce(policy_version)
         held = await self._held()
         self._ledger.adopt(held.train)
         logger.info("recovered: the streams hold %d groups", len(held.train))
@@ -105,6 +130,7 @@ class Reconciler:
         is_other, self._server = self._server not in ("", server), server
         last = max(self._looked_at, self._inbox.heard_at)
         if is_other or time.monotonic() - last >= self._seconds:
+            await self._announce(policy_version)
             await self._issue_missing(await self._held(), policy_version=policy_version)
 
     async def _held(self) -> Held:
@@ -118,15 +144,19 @@ class Reconciler:
     async def _add(
         self, held: Held, stream: Stream, *, without: Collection[str] = frozenset()
     ) -> None:
+        for id, (purpose, uid) in (await self._groups_in(stream)).items():
+            if id not in without:
+                (held.train if purpose is Purpose.TRAIN else held.evaluation).append(uid)
+
+    async def _groups_in(self, stream: Stream) -> dict[str, tuple[Purpose, GroupUid]]:
+        """What the entries of a stream are, by id."""
+        found = {}
         for id, label in (await stream.labels()).items():
-            if id in without:
-                continue
             try:
-                purpose, uid = read_label(label, run_id=self._ledger.run_id)
+                found[id] = read_label(label, run_id=self._ledger.run_id)
             except ValueError:
                 logger.warning("%s holds an entry labelled %r", stream.name, label)
-                continue
-            (held.train if purpose is Purpose.TRAIN else held.evaluation).append(uid)
+        return found
 
     async def _issue_missing(self, held: Held, *, policy_version: int) -> None:
         self._looked_at = time.monotonic()

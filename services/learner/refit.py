@@ -16,11 +16,7 @@ from services.learner.peer import CANARY, Peer
 from shared.buckets import Manifest, StagedWeights
 from shared.codec import pack_token_ids, unpack_logprobs
 from shared.errors import PeerError
-from shared.metrics.weights import (
-    WEIGHT_SYNC_OPERATIONS,
-    WEIGHT_SYNC_PAUSE,
-    WEIGHT_SYNC_SECONDS,
-)
+from shared.metrics.weights import WEIGHT_SYNC_OPERATIONS
 from shared.weight_stream import WeightSource
 
 
@@ -51,13 +47,20 @@ class Refitter:
         *,
         bucket_bytes: int,
         timeout_seconds: float,
+        min_bytes_per_second: float,
         canary_token_ids: array[int],
         canary_tolerance: float,
     ) -> None:
         self.bucket_bytes = bucket_bytes
         self.timeout_seconds = timeout_seconds
+        self._min_bytes_per_second = min_bytes_per_second
         self.canary_token_ids = canary_token_ids
         self._canary_tolerance = canary_tolerance
+
+    def wire_seconds(self, manifest: Manifest, *, num_copies: int) -> float:
+        """How long the bytes of so many copies may travel, one network for all."""
+        num_bytes = sum(spec.num_bytes for spec in manifest)
+        return num_copies * num_bytes / self._min_bytes_per_second
 
     async def begin(
         self,
@@ -115,9 +118,6 @@ class Refitter:
         )
         peer.confirm(version.policy_version)
         WEIGHT_SYNC_OPERATIONS.labels(result="ok").inc()
-        WEIGHT_SYNC_PAUSE.inc(answer.pause_seconds)
-        WEIGHT_SYNC_SECONDS.labels(phase="load").observe(answer.load_seconds)
-        WEIGHT_SYNC_SECONDS.labels(phase="swap").observe(answer.pause_seconds)
         return answer.pause_seconds
 
     async def _judge(self, peer: Peer, version: Version, theirs: array[float]) -> None:
@@ -132,11 +132,16 @@ class Refitter:
             difference <= self._canary_tolerance for difference in differences
         ):
             return
-        request = pb.AbortUpdateRequest(policy_version=version.policy_version)
-        await peer.ask(peer.stub.AbortUpdate, request, timeout_seconds=self.timeout_seconds)
-        raise PeerError(
+        mismatch = PeerError(
             f"{peer.name}: {len(theirs)} of {len(ours)} canary log-probs, and they differ by"
             f" {max(differences, default=math.inf):.3g} nats; weights.canary_tolerance ="
             f" {self._canary_tolerance}",
             status=CANARY,
         )
+        request = pb.AbortUpdateRequest(policy_version=version.policy_version)
+        try:
+            await peer.ask(peer.stub.AbortUpdate, request, timeout_seconds=self.timeout_seconds)
+        except PeerError as error:
+            # Nobody has told it to serve, so it does not; the canary is still why.
+            raise mismatch from error
+        raise mismatch

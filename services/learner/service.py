@@ -69,6 +69,11 @@ class LearnerServicer(pb_grpc.LearnerServicer):
     async def Checkpoint(
         self, request: pb.CheckpointRequest, context: Context
     ) -> pb.CheckpointResponse:
+        if self._progress.is_finished:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"the run has finished; the checkpoint of step {self._progress.step} is its last",
+            )
         written = asyncio.get_running_loop().create_future()
         self._progress.checkpoint_requests.append(written)
         try:

@@ -2,7 +2,8 @@
 
 A task of its own, because what the loop waits for may be what keeps it from looking: Redis, a
 replica that takes an update. Consumes nothing. Looks once a second, and gives up a look that
-Redis does not answer in time. Stops with its context.
+Redis does not answer in time. Stops with its context, which outlasts the loop where a finished
+learner stays.
 
 A run without a step for `watchdog.stall_seconds` is stalled: that is said once a bound, is in the
 status and is a metric. It is the learner's own fault, and its `isentrope.progress` is NOT_SERVING,
@@ -26,6 +27,7 @@ from services.learner.culprit import (
 )
 from services.learner.progress import Progress
 from services.learner.publisher import Publisher
+from services.learner.telemetry import observe_queues
 from shared.errors import StreamError
 from shared.lease import Registry
 from shared.metrics.learner import LEARNER_STALLED
@@ -80,7 +82,10 @@ class Watchdog:
         whereabouts, redis = "", ""
         try:
             async with asyncio.timeout(REDIS_SECONDS):
-                if awaited is None:
+                if self._progress.is_finished:
+                    # The loop, which keeps these at other times, has ended.
+                    self._progress.queues = await observe_queues(self._streams)
+                elif awaited is None:
                     await self._streams.scored.depth()
                 else:
                     whereabouts = name_culprit(await self._see(awaited))
@@ -112,11 +117,11 @@ class Watchdog:
         members = await self._registry.members()
         scored, dead = await streams.scored.depth(), await streams.dead_letter.depth()
         prompts, rollouts = [
-            Station(
+            Station.of(
                 stream.name,  # type: ignore[arg-type]
-                (await stream.depth()).waiting,
-                await stream.holders(),
-                frozenset(member.name for member in members if member.role == role),
+                waiting=(await stream.depth()).waiting,
+                holders=await stream.holders(),
+                leases=frozenset(member.name for member in members if member.role == role),
             )
             for stream, role in ((streams.prompts, "rollout"), (streams.rollouts, "verifier"))
         ]

@@ -13,13 +13,13 @@ from services.learner.evaluation import Evaluator, LawFit
 from services.learner.feeder import Feeder
 from services.learner.fleet import Fleet
 from services.learner.inbox import Inbox
-from services.learner.journal import Journal
 from services.learner.ledger import Ledger
 from services.learner.loop import Learner
 from services.learner.progress import Progress
 from services.learner.publisher import OnEngine, Publisher
 from services.learner.reconcile import Reconciler
 from services.learner.refit import Refitter
+from services.learner.run_record import RunRecord
 from shared.config import RunConfig
 from shared.device import find_device
 from shared.lease import Registry
@@ -56,6 +56,7 @@ def wire_learner(
         on_evaluated=lambda metrics: learner.on_evaluated(metrics),
     )
     canary = _canary(problems, tokenizer, max_length=config.model.max_length)
+    law = LawFit(config.law)
     learner = Learner(
         config=config,
         run_folder=given.run_folder,
@@ -65,13 +66,11 @@ def wire_learner(
         inbox=inbox,
         reconciler=reconciler,
         evaluator=evaluator,
-        law=LawFit(config.law),
+        law=law,
         publisher=_publisher(given, streams, engine, on_engine, canary),
         engine=engine,
         on_engine=on_engine,
-        journal=Journal(given.run_folder / "metrics.jsonl"),
-        history=Journal(given.run_folder / "ledger.jsonl"),
-        gauges=learner_gauges(),
+        record=_record(given, ledger, inbox, law, progress),
         progress=progress,
     )
     return learner
@@ -135,11 +134,26 @@ def intake(
         feeder=feeder,
         evaluator=evaluator,
         inbox=inbox,
+        announce=_registry(streams).announce_version,
         on_evaluated=on_evaluated,
         seconds=config.redis.reconcile_seconds,
         max_attempts=config.redis.max_attempts,
     )
     return inbox, reconciler
+
+
+def _record(
+    given: ServiceArguments, ledger: Ledger, inbox: Inbox, law: LawFit, progress: Progress
+) -> RunRecord:
+    return RunRecord(
+        config=given.config,
+        folder=given.run_folder,
+        ledger=ledger,
+        inbox=inbox,
+        law=law,
+        gauges=learner_gauges(),
+        progress=progress,
+    )
 
 
 def _publisher(
@@ -150,7 +164,7 @@ def _publisher(
     canary_token_ids: array[int],
 ) -> Publisher:
     weights, backend = given.config.weights, _backend(given.config)
-    registry = Registry(streams.client, prefix=streams.prefix, patience=streams.patience)
+    registry = _registry(streams)
     fleet = Fleet(
         registry,
         host=given.host,
@@ -162,8 +176,9 @@ def _publisher(
     refitter = Refitter(
         bucket_bytes=weights.bucket_mib * 2**20,
         timeout_seconds=weights.timeout_seconds,
+        min_bytes_per_second=weights.min_mib_per_second * 2**20,
         canary_token_ids=canary_token_ids,
-        canary_tolerance=weights.canary_tolerance,
+        canary_tolerance=given.config.canary_tolerance,
     )
     return Publisher(
         fleet=fleet,
@@ -174,6 +189,10 @@ def _publisher(
         republish_seconds=weights.republish_seconds,
         keeps_copy=weights.catch_up == "stream",
     )
+
+
+def _registry(streams: Streams) -> Registry:
+    return Registry(streams.client, prefix=streams.prefix, patience=streams.patience)
 
 
 def _vocabulary(model_path: str) -> int:

@@ -23,10 +23,13 @@ from services.learner.batch import MicroBatch, collate_sequences
 from services.learner.parts import UNREADABLE, unreadable
 from services.learner.passes import OptimizerStep
 from services.learner.policy import Policy, read_statistics
+from services.learner.policy_weights import load_trained
 from services.learner.ranks import Ranks
 from services.learner.reshape import UNIVERSAL_TAG
 from services.learner.snapshot import Files, HostFiles
+from services.learner.supported import named
 from shared.config import RunConfig
+from shared.errors import ConfigError
 from shared.rl.entropy import TokenStatistics
 
 logger = logging.getLogger(__name__)
@@ -36,6 +39,10 @@ CHECKPOINT_TAG = "state"
 PACKING_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 """Nats of mean difference that come from rounding alone; a token that is seen by another sequence,
 or stands at another position, makes it a nat or so."""
+
+LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+"""As PACKING_TOLERANCE. A bfloat16 model rounds its own logits, and with a float32 head we do not:
+0.017 nats with logits of up to 30."""
 
 
 class ZeroModel:
@@ -60,29 +67,56 @@ class ZeroModel:
         self._world_size = ranks.world_size
         self._zero_stage = config.learner.zero_stage
         self._engine = _initialise(policy, config, ranks.device, local_rank)
-        self._pack(ranks)
+        probe = collate_sequences(_probe(policy.vocabulary_size)).to(ranks.device)
+        try:
+            self._check_head(probe, ranks)
+        except ConfigError:
+            self.leave()
+            raise
+        self._pack(probe, ranks)
 
     @property
     def cost(self) -> PassCost:
         """Of a pass, by the policy's dimensions."""
         return self._policy.cost
 
-    def _pack(self, ranks: Ranks) -> None:
+    def _check_head(self, probe: MicroBatch, ranks: Ranks) -> None:
+        """Compare what is computed from hidden states with the model's own logits; ranks alike.
+
+        Raises:
+            ConfigError: the model does more to its logits than the product with its head.
+        """
+        try:
+            with torch.no_grad():
+                ours = self.forward(probe, temperature=1.0).logprob
+                with self._policy.own_logits():
+                    own = self.forward(probe, temperature=1.0).logprob
+        except AttributeError as error:
+            raise ConfigError(
+                f"{named(self._policy.model)}: it does not give hidden states and logits as"
+                f" language models of Hugging Face do ({error}); choose another model.path"
+            ) from error
+        difference = (ours - own).abs().mean()
+        if _is_anywhere(not difference <= LOGIT_TOLERANCE[self._policy.dtype], ranks):
+            raise ConfigError(
+                f"{named(self._policy.model)}: its own log-probs differ from those of its last"
+                f" hidden state times its head by {float(difference):.3g} nats on average, so"
+                " it changes logits in a way that is not known here; choose another model.path"
+            )
+
+    def _pack(self, probe: MicroBatch, ranks: Ranks) -> None:
         """Pack rows if the model then computes the same; all ranks alike.
 
         A layer with a memory of its own, or an attention that has more to it than ours, would
         look across sequences or answer otherwise.
         """
-        probe = collate_sequences(_probe(self._policy.vocabulary_size)).to(ranks.device)
-        difference = torch.tensor(self._packing_error(probe), device=ranks.device)
-        refusals = (~(difference <= PACKING_TOLERANCE[self._policy.dtype])).double()
-        ranks.sum_in_place(refusals)
-        if refusals > 0:
+        difference = self._packing_error(probe)
+        if _is_anywhere(not difference <= PACKING_TOLERANCE[self._policy.dtype], ranks):
             self._policy.pack(False)
             logger.warning(
                 "the model cannot be packed (log-probs differ by %.3g nats): each row of a"
                 " micro-batch is padded to its longest",
-                float(difference),
+                difference,
             )
         if self._reference is not None:
             self._reference.pack(self._policy.is_packed)
@@ -188,7 +222,7 @@ class ZeroModel:
         try:
             with _silence():
                 path, client_state = self._engine.load_checkpoint(
-                    str(folder), tag=tag, custom_load_fn=_load_trained
+                    str(folder), tag=tag, custom_load_fn=load_trained
                 )
             if path is None:
                 raise ValueError("DeepSpeed found no state in it")
@@ -204,17 +238,11 @@ class ZeroModel:
         deepspeed.comm.destroy_process_group()
 
 
-def _load_trained(src: dict[str, Tensor], dst: torch.nn.Module) -> None:
-    """Load a state dict that has all but what is frozen.
-
-    Raises:
-        ValueError: it is of other weights.
-    """
-    known = dict(dst.named_parameters(remove_duplicate=False))
-    missing, unexpected = dst.load_state_dict(src, strict=False)
-    lacking = [name for name in missing if name not in known or known[name].requires_grad]
-    if lacking or unexpected:
-        raise ValueError(f"it is of other weights, {[*lacking, *unexpected][0]} for one")
+def _is_anywhere(claim: bool, ranks: Ranks) -> bool:
+    """Whether it is true on any rank; all of them call it together."""
+    count = torch.tensor(float(claim), device=ranks.device, dtype=torch.float64)
+    ranks.sum_in_place(count)
+    return float(count) > 0
 
 
 def _probe(vocabulary_size: int) -> list[Tensor]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from protos import rollout_pb2_grpc as pb_grpc
+from services.rollout.announced import Announced
 from services.rollout.concurrency import Concurrency, surely_fitting
 from services.rollout.engine import VllmEngine
 from services.rollout.keeper import Keeper
@@ -105,7 +106,8 @@ async def run_replica(
         StreamError: another process took this replica's name.
     """
     config = given.config
-    sampler = _sampler(given, engine, streams, replica, stop_token_ids)
+    registry = Registry(streams.client, prefix=streams.prefix)
+    sampler = _sampler(given, engine, streams, replica, registry, stop_token_ids)
     servicer = RolloutServicer(
         name=given.name,
         engine=engine,
@@ -114,7 +116,6 @@ async def run_replica(
         max_length=config.model.max_length,
         tls_folder=None if given.tls is None else str(given.tls.folder),
     )
-    registry = Registry(streams.client, prefix=streams.prefix)
     # Before the lease: the learner calls whoever holds one.
     await replica.handle(Event.READY)
     async with (
@@ -144,6 +145,7 @@ def _sampler(
     engine: ReplicaEngine,
     streams: Streams,
     replica: Replica,
+    registry: Registry,
     stop_token_ids: tuple[int, ...],
 ) -> Sampler:
     config = given.config
@@ -151,6 +153,12 @@ def _sampler(
         name=given.name,
         engine=engine,
         replica=replica,
+        announced=Announced(
+            registry.announced_version,
+            replica=replica,
+            max_staleness=config.learner.max_staleness,
+            patience_seconds=config.redis.reclaim_seconds,
+        ),
         prompts=streams.prompts,
         rollouts=streams.rollouts,
         dead_letter=streams.dead_letter,
@@ -164,6 +172,7 @@ def _sampler(
             max_staleness=config.learner.max_staleness,
         ),
         max_attempts=config.redis.max_attempts,
+        reclaim_seconds=config.redis.reclaim_seconds,
         drain_seconds=config.rollout.drain_seconds,
     )
 

@@ -5,8 +5,9 @@ end in the service's process. Two facts shape it:
 
 * Calls that steer the engine have deadlines; one that misses them is killed
   (`services.rollout.engine_control`).
-* An update has two halves. Receiving happens beside decoding; only the swap pauses it. Requests
-  that run keep their KV cache over the swap, so each version has prefix-cache entries of its own.
+* An update has two halves. Receiving happens beside decoding; only the swap pauses it
+  (`services.rollout.served_version`). Requests that run keep their KV cache over the swap, so
+  each version has prefix-cache entries of its own.
 
 Order of calls: `start`, then for each membership epoch `join_group`, then for each version
 `begin_update` and `commit_update`; a version with a source of its own needs no group. Until the
@@ -16,12 +17,10 @@ first version is in, `generate` refuses.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
-import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +29,13 @@ from typing import Any
 from services.rollout.concurrency import EngineLoad
 from services.rollout.engine_control import EngineControl
 from services.rollout.engine_load import LoadRecorder
+from services.rollout.served_version import ServedVersion
 from services.rollout.update_size import max_update_bytes
 from services.rollout.vllm_launch import EngineSettings, launch
-from services.rollout.vllm_requests import arrived, sampling_params, to_completion
+from services.rollout.vllm_requests import arrived, finished, sampling_params, to_completion
 from shared.broadcast import GroupSpec
 from shared.buckets import Manifest
-from shared.errors import BroadcastError, EngineError
+from shared.errors import BroadcastError
 from shared.records import Completion
 from shared.weight_stream import WeightSource
 
@@ -74,14 +74,10 @@ class VllmEngine:
         self._settings = settings
         self._recorder = recorder
         self._max_update_bytes = max_update_bytes(Path(settings.model_path))
-        # Kept although it is idle: the kernel's "parent died" signal means the thread that forked.
-        self._launcher = launcher
+        self._launcher = launcher  # has to live as long as the process
         self._control = EngineControl(llm, timeout_seconds=settings.control_timeout_seconds)
-        self._policy_version: int | None = None
+        self._served = ServedVersion(self._control)
         self._receiving: int | None = None
-        # Shut while weights are swapped: a request is salted with the version it starts with.
-        self._admission = asyncio.Event()
-        self._admission.set()
         self._slots = asyncio.Semaphore(settings.max_num_seqs)
         self._control_lock = asyncio.Lock()
 
@@ -95,28 +91,14 @@ class VllmEngine:
         Raises:
             EngineError: the model could not be loaded within `start_timeout_seconds`.
         """
-        launcher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-launcher")
-        started = time.monotonic()
-        # Not the future's result: futures of a launcher outlive the engine, and would keep it.
-        launched: list[Any] = []
         recorder = LoadRecorder()
-        try:
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(
-                launcher, lambda: launched.append(launch(settings, recorder))
-            )
-        except Exception as error:
-            launcher.shutdown(wait=False)
-            raise EngineError(f"vLLM could not load {settings.model_path}: {error}") from error
-        logger.info(
-            "started vLLM for %s in %.1f s", settings.model_path, time.monotonic() - started
-        )
-        return cls(launched.pop(), settings, launcher, recorder)
+        llm, launcher = await launch(settings, recorder)
+        return cls(llm, settings, launcher, recorder)
 
     @property
     def policy_version(self) -> int | None:
         """The version that samples now; None before the first update and after a failed load."""
-        return self._policy_version
+        return self._served.policy_version
 
     @property
     def num_workers(self) -> int:
@@ -180,7 +162,7 @@ class VllmEngine:
             logprobs=0,
         )
         async with self._slots:
-            version = await self._admit()
+            version = await self._served.admit()
             output = await self._run_request(
                 prompt_token_ids, params, request_id=request_id, cache_salt=f"version {version}"
             )
@@ -207,41 +189,22 @@ class VllmEngine:
             EngineError: no version was loaded yet, or the engine died.
         """
         params = sampling_params(temperature=1.0, max_tokens=1, prompt_logprobs=0)
-        await self._admit()
+        await self._served.admit()
         name = f"score-{uuid.uuid4()}"
         output = await self._run_request(token_ids, params, request_id=name, cache_salt=name)
         return list(output.prompt_logprobs.logprobs)
 
-    async def _admit(self) -> int:
-        await self._admission.wait()
-        self._control.require_alive()
-        if self._policy_version is None:
-            raise EngineError("no policy version is loaded: update the engine first")
-        return self._policy_version
-
     async def _run_request(
         self, token_ids: Sequence[int], params: Any, *, request_id: str, cache_salt: str
     ) -> Any:
-        from vllm.exceptions import VLLMValidationError
-        from vllm.inputs.engine import tokens_input
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
-
-        vocabulary = self._llm.model_config.get_vocab_size()
-        if not all(0 <= token_id < vocabulary for token_id in token_ids):
-            # vLLM would look them up outside its embedding.
-            raise ValueError(f"request {request_id}: a token id is not below {vocabulary}")
-        prompt = tokens_input(list(token_ids), cache_salt=cache_salt)
-        try:
-            async for output in self._llm.generate(prompt, params, request_id):
-                if output.outputs[0].finish_reason in ("stop", "length"):
-                    return output
-        except VLLMValidationError as error:
-            raise ValueError(f"request {request_id}: {error}") from error
-        except (EngineDeadError, EngineGenerateError) as error:
-            if isinstance(error, EngineDeadError):
-                self._control.mark_dead()  # at once: whoever is told of the failure asks for it
-            raise EngineError(f"request {request_id} failed: {error}") from error
-        raise EngineError(f"request {request_id} was given up by the engine")
+        return await finished(
+            self._llm,
+            token_ids,
+            params,
+            request_id=request_id,
+            cache_salt=cache_salt,
+            on_death=self._control.mark_dead,
+        )
 
     # --- weights --------------------------------------------------------------------------------
 
@@ -335,9 +298,7 @@ class VllmEngine:
     async def adopt_version(self, version: int) -> None:
         """Declare that the weights loaded from `model_path` are this version."""
         async with self._control_lock:
-            self._control.require_alive()
-            await self._control.call(self._llm.update_weight_version(str(version)))
-            self._policy_version = version
+            await self._served.adopt(version)
 
     async def _await_weights(self, expected: int | None, seconds: float) -> tuple[int, float]:
         # Without the lock, so that an update can be aborted meanwhile.
@@ -350,46 +311,12 @@ class VllmEngine:
         return checksums.pop(), max(status["seconds"] for status in statuses)
 
     async def _swap(self, version: int) -> tuple[float, float]:
-        """Pause, load, resume; returns the seconds of loading and of the whole."""
-        async with self._control_lock, self._closed_admission():
+        """Seconds of loading and of the whole."""
+        async with self._control_lock:
             if self._receiving != version:
                 raise BroadcastError(f"the update to version {version} was aborted")
-            self._control.require_alive()
             self._receiving = None
-            paused_at = time.monotonic()
-            # Not AsyncLLM.pause_generation, which adds a sleep that serves only log readers.
-            await self._control.call(
-                self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
-            )
-            loading_at = time.monotonic()
-            try:
-                await self._control.collective("finish_weight_update")
-                await self._control.call(self._llm.update_weight_version(str(version)))
-                self._policy_version = version
-            except EngineError:
-                await self._give_up_requests()
-                raise
-            finally:
-                load_seconds = time.monotonic() - loading_at
-                if self.is_alive:
-                    await self._control.call(self._llm.resume_generation())
-            return load_seconds, time.monotonic() - paused_at
-
-    async def _give_up_requests(self) -> None:
-        """After a failed load: let nothing be sampled from a model that may be damaged."""
-        self._policy_version = None
-        if self.is_alive:
-            running = list(self._llm.output_processor.request_states)
-            await self._control.call(self._llm.abort(running, internal=True))
-            await self._control.collective("isentrope_leave_group")
-
-    @contextlib.asynccontextmanager
-    async def _closed_admission(self) -> AsyncIterator[None]:
-        self._admission.clear()
-        try:
-            yield
-        finally:
-            self._admission.set()
+            return await self._served.swap(version)
 
     async def shutdown(self) -> None:
         """End the engine's process; requests still running fail. Calling it again is harmless."""

@@ -64,7 +64,7 @@ class EngineControl:
         """
         self.require_alive()
         # Never with vLLM's own timeout: a late reply is then taken for that of the next call.
-        return await self.call(self._llm.collective_rpc(method, args=args))
+        return await self._call(self._llm.collective_rpc(method, args=args))
 
     async def poll(self, method: str, *, seconds: float, what: str) -> list[dict[str, Any]]:
         """Ask all workers until each is done.
@@ -85,28 +85,33 @@ class EngineControl:
                 raise BroadcastError(f"{what} took more than {seconds} s")
             await asyncio.sleep(_STATUS_POLL_SECONDS)
 
-    async def call(self, call: Coroutine[Any, Any, T]) -> T:
-        """Await a call of vLLM's, or the engine's death, or the deadline, whichever is first.
+    async def pause(self) -> None:
+        """Stop decoding between two tokens; requests keep their KV cache.
 
         Raises:
-            EngineError: as `collective`.
+            EngineError: as `collective`; so the three calls below.
         """
-        task = asyncio.ensure_future(call)
-        death = asyncio.ensure_future(self._dead.wait())
-        try:
-            await asyncio.wait(
-                {task, death}, timeout=self._timeout_seconds, return_when=asyncio.FIRST_COMPLETED
-            )
-            if not task.done():
-                self._give_up(getattr(call, "__name__", "a control call"))
-            return await task
-        except EngineError:
-            raise
-        except Exception as error:
-            raise EngineError(str(error)) from error
-        finally:
-            task.cancel()
-            death.cancel()
+        self.require_alive()
+        # Not AsyncLLM.pause_generation, which adds a sleep that serves only log readers.
+        await self._call(
+            self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
+        )
+
+    async def resume(self) -> None:
+        """Decode on."""
+        self.require_alive()
+        await self._call(self._llm.resume_generation())
+
+    async def name_version(self, version: int) -> None:
+        """What is sampled from now on is marked as of this version."""
+        self.require_alive()
+        await self._call(self._llm.update_weight_version(str(version)))
+
+    async def abort_requests(self) -> None:
+        """Give up every request."""
+        self.require_alive()
+        running = list(self._llm.output_processor.request_states)
+        await self._call(self._llm.abort(running, internal=True))
 
     async def shutdown(self) -> None:
         """End the process; requests still running fail. Calling it again is harmless."""
@@ -126,6 +131,25 @@ class EngineControl:
             self._kill()
             # Collected now, not at the interpreter's end, when its destructor fails noisily.
             self._llm = None
+
+    async def _call(self, call: Coroutine[Any, Any, T]) -> T:
+        """Await a call of vLLM's, or the engine's death, or the deadline, whichever is first."""
+        task = asyncio.ensure_future(call)
+        death = asyncio.ensure_future(self._dead.wait())
+        try:
+            await asyncio.wait(
+                {task, death}, timeout=self._timeout_seconds, return_when=asyncio.FIRST_COMPLETED
+            )
+            if not task.done():
+                self._give_up(getattr(call, "__name__", "a control call"))
+            return await task
+        except EngineError:
+            raise
+        except Exception as error:
+            raise EngineError(str(error)) from error
+        finally:
+            task.cancel()
+            death.cancel()
 
     def _give_up(self, call: str) -> None:
         self.require_alive()

@@ -54,7 +54,7 @@ class Keeper:
 
     async def restore(self, entry: Entry, draft: GroupDraft) -> None:
         """Begin the draft with what an earlier delivery of the entry has saved."""
-        if not self.is_on or entry.deliveries == 1:
+        if not self.is_on or not entry.is_redelivered:
             return
         try:
             kept = await self._partials.load(entry)
@@ -97,6 +97,11 @@ class Keeper:
             await self._save(entry, draft)
         except StreamError as error:
             logger.warning("group %s was not saved: %s", draft.group.uid, error)
+
+    async def leave(self, entry: Entry, draft: GroupDraft) -> None:
+        """Save what may be saved, for another: this replica does not finish the group."""
+        await self.save(entry, draft)
+        self._saved.discard(entry.id)
 
     async def drop(self, entry: Entry) -> None:
         """The entry is done: forget what was saved of it."""

@@ -3,6 +3,10 @@
 Consumes `prompts`. Waits for: the replica to serve, a free place, an entry; and, before a group
 is handed on, for the learner's word on every version it saw. Unblocked by publications. Stops when
 the replica drains: what is in flight is finished first.
+
+A group that the replica has not been able to sample for `reclaim_seconds`, though the learner has
+announced a version, is left to others: this replica may never be refitted, and lives on. What it
+was merely waiting for, with a version that serves, it keeps: a prompt, room, a long completion.
 """
 
 from __future__ import annotations
@@ -10,15 +14,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from array import array
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
+from services.rollout.announced import Announced
 from services.rollout.concurrency import Change, Concurrency
 from services.rollout.draft import GroupDraft
 from services.rollout.keeper import Keeper
-from services.rollout.replica import Replica, State
+from services.rollout.replica import Replica
 from services.rollout.requests import Engine, Requests
 from shared import tracing
 from shared.activity import Phase, Report
@@ -27,6 +33,7 @@ from shared.errors import EngineError, StreamError
 from shared.metrics.rollout import (
     ROLLOUT_CONCURRENCY,
     ROLLOUT_CONCURRENCY_CHANGES,
+    ROLLOUT_GIVEN_BACK,
     ROLLOUT_IDLE,
     ROLLOUT_MIXED,
     ROLLOUT_RESPONSE_TOKENS,
@@ -44,7 +51,11 @@ _LAST_SAVE_SECONDS = 5.0
 
 
 class Sampler:
-    """Samples as many groups at a time as `concurrency` allows."""
+    """Samples as many groups at a time as `concurrency` allows.
+
+    Args:
+        reclaim_seconds: a group that cannot be sampled here for so long is given back.
+    """
 
     def __init__(
         self,
@@ -52,6 +63,7 @@ class Sampler:
         name: str,
         engine: Engine,
         replica: Replica,
+        announced: Announced,
         prompts: Stream,
         rollouts: Stream,
         dead_letter: Stream,
@@ -59,6 +71,7 @@ class Sampler:
         concurrency: Concurrency,
         keeper: Keeper,
         max_attempts: int,
+        reclaim_seconds: float,
         drain_seconds: float,
     ) -> None:
         self.groups_sampled = 0
@@ -67,11 +80,14 @@ class Sampler:
         self._name = name
         self._engine = engine
         self._replica = replica
+        self._announced = announced
         self._stop_token_ids = tuple(stop_token_ids)
         self._concurrency = concurrency
         self._keeper = keeper
         self._max_attempts = max_attempts
+        self._reclaim_seconds = reclaim_seconds
         self._drain_seconds = drain_seconds
+        self._in_work: dict[str, tuple[int, float]] = {}
         self._stage = Stage(
             name=name,
             source=prompts,
@@ -98,9 +114,7 @@ class Sampler:
 
     def report(self) -> Report:
         """What this replica does or waits for."""
-        version = self._replica.policy_version
-        has = "no version yet" if version < 0 else f"version {version}"
-        return self._stage.activity.report(standing=f"{self._replica.state.value}, has {has}")
+        return self._stage.activity.report(standing=self._standing)
 
     def chore(self, what: str) -> contextlib.AbstractContextManager[None]:
         """Something that the replica does beside sampling; told if it takes long."""
@@ -111,16 +125,22 @@ class Sampler:
 
         What is not done in time then is saved and left to others.
         """
-        adapting = asyncio.create_task(self._adapt(), name="concurrency")
+        beside = [
+            asyncio.create_task(self._adapt(), name="concurrency"),
+            asyncio.create_task(self._follow_learner(), name="announcements"),
+        ]
         try:
             await self._stage.run(self._may_serve)
             await self._stage.finish(timeout_seconds=self._drain_seconds)
         finally:
-            adapting.cancel()
+            for task in beside:
+                task.cancel()
 
     async def adopt(self, *, idle_seconds: float, alive: Collection[str]) -> None:
-        """Take over groups of replicas that died, as far as there are places."""
-        if not self._replica.is_ending:
+        """Take over groups that others died with or gave back, as far as there are places."""
+        replica = self._replica
+        may_sample = not (replica.is_outdated or self._is_stranded(replica.claims_from))
+        if may_sample and not replica.is_ending:
             await self._stage.adopt(idle_seconds=idle_seconds, alive=alive)
 
     async def sample(
@@ -161,12 +181,50 @@ class Sampler:
                 ROLLOUT_CONCURRENCY_CHANGES.labels(reason=moved.value).inc()
                 logger.debug("%d groups at a time: %s", self._concurrency.limit, moved.value)
 
+    async def _follow_learner(self) -> None:
+        """Now and then hear what was announced, and leave to others what cannot be sampled here."""
+        while True:
+            await asyncio.sleep(self._reclaim_seconds / 3)
+            try:
+                await self._announced.look()
+                if self._announced.version is not None and not self._replica.is_ending:
+                    await self._give_back()
+            except StreamError as error:
+                logger.warning("cannot hear of the learner, or give back groups: %s", error)
+
+    async def _give_back(self) -> None:
+        stranded = {
+            entry_id: version
+            for entry_id, (version, since) in self._in_work.items()
+            if self._is_stranded(version, since=since)
+        }
+        await self._announced.need(max(stranded.values(), default=0))
+        if stranded or self._is_stranded(self._replica.claims_from):
+            count = await self._stage.give_back(stranded, idle_seconds=self._reclaim_seconds)
+            ROLLOUT_GIVEN_BACK.inc(count)
+            if count:
+                logger.warning("gave back %d groups: %s", count, self._standing)
+
+    @property
+    def _standing(self) -> str:
+        """What the learner is to change."""
+        version = self._replica.policy_version
+        has = "no version yet" if version < 0 else f"version {version}"
+        if self._announced.version not in (None, version):
+            has += f" of {self._announced.version}"
+        return f"{self._replica.state.value}, has {has}"
+
+    def _is_stranded(self, min_policy_version: int, *, since: float = -math.inf) -> bool:
+        """Whether nothing that needs this version could be sampled here for long, since then."""
+        served_until = self._replica.served_until(min_policy_version)
+        return time.monotonic() - max(since, served_until) >= self._reclaim_seconds
+
     async def _may_serve(self) -> bool:
         """Wait until this replica serves; False once it drains, or cannot serve any more."""
         started, was_idle = time.monotonic(), not self._stage.num_in_flight
-        if self._replica.state is not State.SERVING:
+        if not self._replica.serves(self._replica.claims_from):
             self._stage.activity.loop_enters(Phase.LEARNER)
-        serves = await self._replica.wait_to_serve(min_policy_version=0)
+        serves = await self._replica.wait_to_claim()
         if was_idle:
             ROLLOUT_IDLE.labels(cause="weight_sync").inc(time.monotonic() - started)
         return serves and self._engine.is_alive
@@ -175,9 +233,12 @@ class Sampler:
         """The rollout group of a prompt group; None if the replica drained first."""
         try:
             group = decode_prompt_group(entry.payload)
+            self._in_work[entry.id] = (group.min_policy_version, time.monotonic())
             rollout = await self._sample_traced(entry, group)
         except (StreamError, ValueError) as error:
             raise UnworkableError(str(error)) from None
+        finally:
+            self._in_work.pop(entry.id, None)
         if rollout is None:
             return None
         self._count(rollout)
@@ -224,7 +285,7 @@ class Sampler:
         except asyncio.CancelledError:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LAST_SAVE_SECONDS):
-                    await self._keeper.save(entry, draft)
+                    await self._keeper.leave(entry, draft)
             raise
         await self._keeper.save(entry, draft)
         return None

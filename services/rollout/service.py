@@ -21,12 +21,7 @@ from shared.buckets import Manifest
 from shared.codec import completion_message, pack_logprobs, unpack_token_ids
 from shared.errors import BroadcastError, EngineError, StreamError
 from shared.metrics.rollout import ROLLOUT_VERSION
-from shared.metrics.weights import (
-    WEIGHT_SYNC_BYTES,
-    WEIGHT_SYNC_OPERATIONS,
-    WEIGHT_SYNC_PAUSE,
-    WEIGHT_SYNC_SECONDS,
-)
+from shared.metrics.weights import WEIGHT_SYNC_PAUSE, WEIGHT_SYNC_SECONDS
 from shared.records import Completion
 from shared.weight_stream import WeightSource
 
@@ -102,7 +97,7 @@ class RolloutServicer(pb_grpc.RolloutServicer):
         self._max_length = max_length
         self._tls_folder = tls_folder
         self._epoch: int | None = None
-        self._update: tuple[int, int] | None = None
+        self._update: int | None = None
         self._committing: asyncio.Task[pb.CommitUpdateResponse] | None = None
         self._checksum = 0
 
@@ -150,7 +145,7 @@ class RolloutServicer(pb_grpc.RolloutServicer):
             )
         try:
             source = read_source(request, tls_folder=self._tls_folder)
-            manifest, size = read_manifest(request, max_bytes=self._engine.max_update_bytes)
+            manifest = read_manifest(request, max_bytes=self._engine.max_update_bytes)
             if request.is_left_behind:
                 await self._replica.handle(Event.LEFT_BEHIND)
                 await self._forget_update()
@@ -162,13 +157,13 @@ class RolloutServicer(pb_grpc.RolloutServicer):
                 )
         except (BroadcastError, EngineError, ValueError) as error:
             await _abort(context, error)
-        self._update = (request.policy_version, size)
+        self._update = request.policy_version
         return pb.BeginUpdateResponse()
 
     async def CommitUpdate(
         self, request: pb.CommitUpdateRequest, context: Context
     ) -> pb.CommitUpdateResponse:
-        if self._update is None or self._update[0] != request.policy_version:
+        if self._update != request.policy_version:
             await context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"no update to version {request.policy_version} was begun",
@@ -178,8 +173,8 @@ class RolloutServicer(pb_grpc.RolloutServicer):
             canary = read_canary(request, max_length=self._max_length)
         except (StreamError, ValueError) as error:
             await _abort(context, error)
-        size, self._update = self._update[1], None
-        self._committing = asyncio.create_task(self._commit(request, canary, size))
+        self._update = None
+        self._committing = asyncio.create_task(self._commit(request, canary))
         self._committing.add_done_callback(_retrieve)
         try:
             # A caller that gives up during the swap must not leave a version in that nobody noted.
@@ -188,21 +183,15 @@ class RolloutServicer(pb_grpc.RolloutServicer):
             await _abort(context, error)
 
     async def _commit(
-        self, request: pb.CommitUpdateRequest, canary: array[int], size: int
+        self, request: pb.CommitUpdateRequest, canary: array[int]
     ) -> pb.CommitUpdateResponse:
         version = request.policy_version
-        try:
-            with self._sampler.chore(f"takes version {version}"):
-                report = await self._load(request)
-            self._checksum = report.checksum
-            await self._replica.swapped(version)
-            logprobs = await self._engine.score_tokens(canary)
-        except (BroadcastError, EngineError, ValueError):
-            WEIGHT_SYNC_OPERATIONS.labels(result="error").inc()
-            raise
-        WEIGHT_SYNC_BYTES.inc(size)
+        with self._sampler.chore(f"takes version {version}"):
+            report = await self._load(request)
+        self._checksum = report.checksum
+        await self._replica.swapped(version)
+        logprobs = await self._engine.score_tokens(canary)
         WEIGHT_SYNC_PAUSE.inc(report.pause_seconds)
-        WEIGHT_SYNC_SECONDS.labels(phase="broadcast").observe(report.receive_seconds)
         WEIGHT_SYNC_SECONDS.labels(phase="load").observe(report.load_seconds)
         WEIGHT_SYNC_SECONDS.labels(phase="swap").observe(report.pause_seconds)
         return pb.CommitUpdateResponse(
@@ -245,7 +234,6 @@ class RolloutServicer(pb_grpc.RolloutServicer):
         except ValueError as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         ROLLOUT_VERSION.set(request.policy_version)
-        WEIGHT_SYNC_OPERATIONS.labels(result="ok").inc()
         return pb.ServeResponse()
 
     async def AbortUpdate(
@@ -257,7 +245,6 @@ class RolloutServicer(pb_grpc.RolloutServicer):
         except EngineError as error:
             await _abort(context, error)
         if 0 <= request.policy_version == self._replica.policy_version:
-            WEIGHT_SYNC_OPERATIONS.labels(result="canary").inc()
             await self._replica.judged(request.policy_version, is_confirmed=False)
         return pb.AbortUpdateResponse()
 

@@ -37,8 +37,8 @@ def read_group(request: pb.JoinBroadcastRequest) -> GroupSpec:
     )
 
 
-def read_manifest(request: pb.BeginUpdateRequest, *, max_bytes: int) -> tuple[Manifest, int]:
-    """The manifest, and the bytes that it announces.
+def read_manifest(request: pb.BeginUpdateRequest, *, max_bytes: int) -> Manifest:
+    """The manifest of the version that is to come.
 
     Raises:
         ValueError: no version or bucket size, a dtype that is none, a name twice, or more than
@@ -56,7 +56,7 @@ def read_manifest(request: pb.BeginUpdateRequest, *, max_bytes: int) -> tuple[Ma
             f"the manifest announces {num_bytes} bytes, more than the {max_bytes} that an update of"
             " this model may have; is it of another model?"
         )
-    return manifest, sum(spec.num_bytes for spec in manifest)
+    return manifest
 
 
 def read_source(

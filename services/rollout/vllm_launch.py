@@ -1,16 +1,23 @@
 """Starting vLLM: what a replica may choose of it, and what this project has chosen.
 
-Runs in the launcher thread of `services.rollout.engine`; imports vllm only there, because that
-takes seconds and reads the environment.
+Has a thread of its own, and imports vllm only there, because that takes seconds and reads the
+environment.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from services.rollout.engine_load import LoadRecorder
+from shared.errors import EngineError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +62,34 @@ _ENVIRONMENT_DEFAULTS = {
 }
 
 
-def launch(settings: EngineSettings, recorder: LoadRecorder) -> Any:
-    """Blocks until the engine's process has loaded the model.
+async def launch(
+    settings: EngineSettings, recorder: LoadRecorder
+) -> tuple[Any, ThreadPoolExecutor]:
+    """vLLM's `AsyncLLM` with the model loaded, and the thread that forked its process.
+
+    The thread has to live as long as the process, although it is idle: it is the one that the
+    kernel's "parent died" signal means.
 
     Args:
         recorder: is told of every step of the scheduler, in the event loop's thread.
+    Raises:
+        EngineError: the model could not be loaded within `start_timeout_seconds`.
     """
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-launcher")
+    started = time.monotonic()
+    # Not the future's result: futures of this thread outlive the engine, and would keep it.
+    launched: list[Any] = []
+    try:
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(thread, lambda: launched.append(_launch(settings, recorder)))
+    except Exception as error:
+        thread.shutdown(wait=False)
+        raise EngineError(f"vLLM could not load {settings.model_path}: {error}") from error
+    logger.info("started vLLM for %s in %.1f s", settings.model_path, time.monotonic() - started)
+    return launched.pop(), thread
+
+
+def _launch(settings: EngineSettings, recorder: LoadRecorder) -> Any:
     os.environ.update(_environment(settings))
     for name, value in _ENVIRONMENT_DEFAULTS.items():
         os.environ.setdefault(name, value)

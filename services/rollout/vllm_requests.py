@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from shared.errors import EngineError
 from shared.records import Completion, VersionRun
 
 
@@ -19,6 +21,49 @@ def sampling_params(**choices: Any) -> Any:
         output_kind=RequestOutputKind.FINAL_ONLY,
         **choices,
     )
+
+
+async def finished(
+    llm: Any,
+    token_ids: Sequence[int],
+    params: Any,
+    *,
+    request_id: str,
+    cache_salt: str,
+    on_death: Callable[[], None],
+) -> Any:
+    """vLLM's output of one request when it has ended; cancelling the call aborts the request.
+
+    Args:
+        llm: vLLM's `AsyncLLM`.
+        on_death: called at once if the engine died: whoever is told of the failure asks for it.
+    Raises:
+        ValueError: the tokens do not fit the model.
+        EngineError: the engine died or gave the request up.
+    """
+    from vllm.exceptions import VLLMValidationError
+    from vllm.inputs.engine import tokens_input
+    from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+    _check_ids(token_ids, llm.model_config.get_vocab_size(), request_id)
+    prompt = tokens_input(list(token_ids), cache_salt=cache_salt)
+    try:
+        async for output in llm.generate(prompt, params, request_id):
+            if output.outputs[0].finish_reason in ("stop", "length"):
+                return output
+    except VLLMValidationError as error:
+        raise ValueError(f"request {request_id}: {error}") from error
+    except (EngineDeadError, EngineGenerateError) as error:
+        if isinstance(error, EngineDeadError):
+            on_death()
+        raise EngineError(f"request {request_id} failed: {error}") from error
+    raise EngineError(f"request {request_id} was given up by the engine")
+
+
+def _check_ids(token_ids: Sequence[int], vocabulary: int, request_id: str) -> None:
+    """vLLM would look them up outside its embedding."""
+    if not all(0 <= token_id < vocabulary for token_id in token_ids):
+        raise ValueError(f"request {request_id}: a token id is not below {vocabulary}")
 
 
 def arrived(processor: Any, request_id: str, *, start: int) -> Completion | None:

@@ -17,7 +17,7 @@ from shared.redis_connection import check_server
 from shared.redis_stream import Streams
 from shared.stage import adopting_orphans
 from shared.tasks.registry import load_task
-from shared.tokenizer import Tokenizer
+from shared.tokenizer import Tokenizer, torch_left_out
 from shared.watchdog import watched
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,8 @@ async def serve_verifier(given: ServiceArguments, stop: asyncio.Event) -> None:
     config = given.config
     task = load_task(config.task.name, config.task.params)
     await check_server(given.redis_url, timeout_seconds=config.network.call_timeout_seconds)
-    tokenizer = Tokenizer(config.model_path)
+    with torch_left_out():
+        tokenizer = Tokenizer(config.model_path)
     async with (
         ScoringPool(config.task, config.verifier) as pool,
         connected(given, "verifier") as streams,

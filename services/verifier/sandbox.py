@@ -3,7 +3,8 @@
 A completion is hostile data and a scorer may be anyone's code around libraries that parse it. A
 scorer that raises, eats memory, crashes or never returns costs its own process and gives an
 outcome, `ERROR` or `TIMEOUT`, never a reward of zero; the next completion gets a new process. The
-sandbox keeps time and memory in bounds; it does not keep a malicious *task* from files or network.
+sandbox keeps time and memory in bounds, and the verifier's environment, which holds a password, to
+itself; it does not keep a malicious *task* from files or network.
 
 asyncio's own subprocesses carry it, because what a process pool does not give is what matters
 here: a kill that neither signals nor loops in C can put off, and a pool that survives the death of
@@ -13,6 +14,7 @@ an idle process.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import logging
 import os
@@ -25,6 +27,7 @@ from contextlib import suppress
 from typing import Any, Self
 
 from services.verifier.scorer import OUT_OF_MEMORY_EXIT_CODE, one_line
+from shared.config.environment import without_secrets
 from shared.config.services import TaskConfig, VerifierConfig
 from shared.errors import StartError
 from shared.metrics.verifier import VERIFIER_RESULTS, VERIFIER_SECONDS
@@ -41,6 +44,7 @@ _PROGRAM = (
     " from services.verifier.scorer import main; main(int(sys.argv[2]))"
 )
 _STDERR = 2
+_PR_SET_DUMPABLE = 4
 
 
 class ScoringPool:
@@ -65,6 +69,7 @@ class ScoringPool:
         Raises:
             StartError: one cannot load the task.
         """
+        _hide()
         try:
             async with asyncio.TaskGroup() as starts:
                 for slot in self._all:
@@ -187,6 +192,7 @@ class _Slot:
                 stdin=DEVNULL,
                 stdout=_STDERR,
                 pass_fds=[theirs.fileno()],
+                env=without_secrets(),
                 process_group=0,  # a group of its own: spared Ctrl-C, and killed with its children
             )
 
@@ -208,6 +214,15 @@ class _Slot:
             return json.loads(line)  # an empty line, when the connection is closed, is none
         except ValueError:
             raise EOFError from None
+
+
+def _hide() -> None:
+    """Keep this process' memory, and the environment it was given, from those that it starts.
+
+    They are of the same user, to whom Linux shows both otherwise, in `/proc`.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0)
 
 
 def _explain_exit(code: int | None, limits: VerifierConfig) -> str:

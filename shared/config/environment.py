@@ -11,6 +11,15 @@ from shared.errors import ConfigError
 
 _MAX_PORT = 65535
 
+_HARMLESS = frozenset(
+    (
+        "PATH", "HOME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV",
+        "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_DATASETS_CACHE", "HF_DATASETS_OFFLINE",
+    )
+)  # fmt: skip
+_HARMLESS_BEGINNINGS = ("LC_", "PYTHON")
+_HARMLESS_END = "_NUM_THREADS"
+
 
 @dataclass(frozen=True, slots=True)
 class Environment:
@@ -71,6 +80,22 @@ class Environment:
             metrics_token_file=_path(given, "ISENTROPE_METRICS_TOKEN_FILE"),
             traces_endpoint=given.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None,
         )
+
+
+def without_secrets(variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Of `variables`, or the process environment, what a program needs to run, and no more.
+
+    Names what stays, since nobody knows what else a deployment sets: addresses with passwords,
+    tokens of others.
+    """
+    given = os.environ if variables is None else variables
+    return {
+        name: value
+        for name, value in given.items()
+        if name in _HARMLESS
+        or name.startswith(_HARMLESS_BEGINNINGS)
+        or name.endswith(_HARMLESS_END)
+    }
 
 
 def _integer(variables: Mapping[str, str], name: str, default: int) -> int:

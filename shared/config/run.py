@@ -24,6 +24,7 @@ from shared.config.entropy import SECTION_OF_METHOD
 from shared.config.section import Count, Index, Section
 from shared.config.services import (
     CheckpointConfig,
+    Dtype,
     EvaluationConfig,
     LearnerConfig,
     ModelConfig,
@@ -43,6 +44,10 @@ _COMPLETION_TOKEN_BYTES = 10
 
 _MESSAGE_BYTES = 1024
 """What a message holds beside its tokens."""
+
+_CANARY_TOLERANCE: dict[Dtype, float] = {"float32": 1e-3, "bfloat16": 0.2}
+"""Above what rounding makes of a canary's few tokens, below what weights that are not the learner's
+make; of the bytes that arrived the checksum is sure."""
 
 
 class RunSection(Section):
@@ -97,6 +102,12 @@ class RunConfig(Section):
         text = json.dumps([part and part.model_dump() for part in parts] + [self.run.seed])
         key = hashlib.sha256(text.encode()).hexdigest()[:10]
         return f"{self.run.directory}/warmup-{key}"
+
+    @property
+    def canary_tolerance(self) -> float:
+        """In nats: `weights.canary_tolerance`, or what the rounding of the model's dtype asks."""
+        given = self.weights.canary_tolerance
+        return _CANARY_TOLERANCE[self.model.dtype] if given is None else given
 
     @property
     def max_outstanding(self) -> int:

@@ -61,10 +61,11 @@ class RedisConfig(Section):
     `rollout.partial_tokens`, 8 bytes for each token of the groups in work."""
 
     max_attempts: Count = 5
-    """Deliveries of one entry before it goes to `dead_letter`."""
+    """Deliveries of one entry, but for those given back, before it goes to `dead_letter`."""
 
     reclaim_seconds: Seconds = 30.0
-    """An entry claimed this long ago by a consumer whose lease ended is given to another."""
+    """An entry claimed this long ago by a consumer whose lease ended is given to another. A replica
+    that lives, and for this long had no confirmed weights for a group, gives it back itself."""
 
     outage_seconds: Seconds = 600.0
     """The learner waits this long for a server that is away or refuses, then it ends with an error
@@ -322,20 +323,30 @@ class WeightsConfig(Section):
     """Parameters travel packed in buckets of this size."""
 
     timeout_seconds: Seconds = 60.0
-    """Bounds each phase of a publication; a silent replica is dropped after it."""
+    """Bounds each call of a publication, and each bucket. A replica that is silent for longer is
+    dropped, and so is one that most others have waited for, over all buckets, for longer."""
+
+    min_mib_per_second: Annotated[float, Field(ge=1)] = 100.0
+    """Of the learner's network; a transfer may take twice timeout_seconds, and as long as its
+    bytes need at this rate: with gloo the model's times the workers of all replicas, with nccl the
+    model's. Who does not have everything by then is dropped. The default is what 1 Gbit/s does;
+    below it, lower this."""
 
     republish_seconds: Seconds = 120.0
     """A publication that did not reach a living replica is tried again with those it did not
-    reach, in a new epoch; but no further time once this long has passed since it began."""
+    reach, in a new epoch; but no further time once this long has passed since it began, and with
+    what is left of it for the transfer. So one takes at most this, eleven times timeout_seconds and
+    the transfer at min_mib_per_second; the learner's gathering of its weights not counted."""
 
     catch_up: Literal["stream", "group"] = "stream"
     """How a replica that came late or was left behind gets the published version: at once, from a
     copy that the learner keeps in host memory (one model's size); or in a group, when the learner
     waits for data or publishes next, without a copy."""
 
-    canary_tolerance: Annotated[float, Field(gt=0)] = 1e-3
-    """Largest difference of a canary log-prob between learner and replica, in nats (float32).
-    With bfloat16 allow 0.2."""
+    canary_tolerance: Annotated[float, Field(gt=0)] | None = None
+    """Largest difference of a canary log-prob between learner and replica, in nats. Not set: 1e-3,
+    or 0.2 with `model.dtype = "bfloat16"`, whose rounding alone makes 0.01 on average and a
+    fraction of a nat at most (deploy/MISMATCH.md)."""
 
 
 class EvaluationConfig(Section):
@@ -361,11 +372,12 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; work since the last one is redone after a crash."""
 
     keep: Count = 2
-    """Newest checkpoints that are kept."""
+    """Newest steps whose checkpoint is kept."""
 
     keep_best: Index = 1
-    """Checkpoints with the highest evaluation score that are kept besides. One has a score if the
-    version of its step was evaluated: make every_steps a multiple of evaluation.every_steps."""
+    """Checkpoints with the highest evaluation score that are kept besides, for `isentrope export`.
+    One has a score if the version of its step was evaluated: make every_steps a multiple of
+    evaluation.every_steps."""
 
     asynchronous: bool = True
     """Write a checkpoint while training goes on. Each rank then keeps what it writes in host memory

@@ -70,6 +70,16 @@ LEARNER_CHECKPOINT_SECONDS = Histogram(
     "Time from a checkpoint's snapshot until the disk has it, most of it beside the training.",
     buckets=[0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024],
 )
+LEARNER_ROWS_REFUSED = Counter(
+    "isentrope_learner_rows_refused_total",
+    "Rows of metrics.jsonl and ledger.jsonl that the disk did not take at once.",
+    ["file"],
+)
+LEARNER_ROWS_LOST = Counter(
+    "isentrope_learner_rows_lost_total",
+    "Of those, rows that found no room in memory either.",
+    ["file"],
+)
 
 # Of the learner alone: elsewhere a time of 0 would read as a step made in 1970.
 LEARNER_STALLED = Gauge(
@@ -99,6 +109,9 @@ def learner_gauges(registry: CollectorRegistry = REGISTRY) -> LearnerGauges:
     for result in ("ok", "error"):
         LEARNER_CHECKPOINTS.labels(result=result)
         WEIGHT_SYNC_STREAMS.labels(result=result)
+    for file in ("metrics", "ledger"):
+        LEARNER_ROWS_REFUSED.labels(file=file)
+        LEARNER_ROWS_LOST.labels(file=file)
     gauges = LearnerGauges()
     registry.register(gauges)
     return gauges

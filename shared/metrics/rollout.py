@@ -34,6 +34,10 @@ ROLLOUT_RESUMED_TOKENS = Counter(
     "isentrope_rollout_resumed_tokens_total",
     "Tokens that another attempt had sampled, and that were not sampled again.",
 )
+ROLLOUT_GIVEN_BACK = Counter(
+    "isentrope_rollout_given_back_groups_total",
+    "Groups that this replica could not sample for long and left to others.",
+)
 ROLLOUT_WAITING = Gauge(
     "isentrope_rollout_waiting_requests", "Completions that wait for room in the engine."
 )

@@ -1,4 +1,7 @@
-"""How a version comes from the learner to the replicas."""
+"""How a version comes from the learner to the replicas.
+
+Each thing is counted at one of the two ends only: a sum over all processes of a run is the truth.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,15 @@ SYNC_BUCKETS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 3
 
 WEIGHT_SYNC_SECONDS = Histogram(
     "isentrope_weight_sync_seconds",
-    "Phases of bringing a version to the replicas.",
+    "Phases of bringing a version to the replicas: the learner's gather and broadcast, each"
+    " replica's load and swap.",
     ["phase"],
     buckets=SYNC_BUCKETS,
 )
 WEIGHT_SYNC_OPERATIONS = Counter(
-    "isentrope_weight_sync_operations_total", "Refits of one replica by result.", ["result"]
+    "isentrope_weight_sync_operations_total",
+    "Refits of one replica by result, as the learner judged them.",
+    ["result"],
 )
 WEIGHT_SYNC_RETRIES = Counter(
     "isentrope_weight_sync_retries_total",
@@ -25,13 +31,15 @@ WEIGHT_SYNC_STREAMS = Counter(
     ["result"],
 )
 WEIGHT_SYNC_BYTES = Counter(
-    "isentrope_weight_sync_bytes_total", "Parameter bytes sent to, or received by, a replica."
+    "isentrope_weight_sync_bytes_total",
+    "Parameter bytes that the learner sent; once to a group of many.",
 )
 WEIGHT_SYNC_LAST_SUCCESS = Gauge(
     "isentrope_weight_sync_last_success_timestamp_seconds", "When a refit last succeeded."
 )
 WEIGHT_SYNC_PAUSE = Counter(
-    "isentrope_weight_sync_pause_seconds_total", "Time requests stood still for a swap."
+    "isentrope_weight_sync_pause_seconds_total",
+    "Time a replica's requests stood still for a swap.",
 )
 
 SYNC_RESULTS = ("ok", "error", "timeout", "canary")

@@ -97,13 +97,7 @@ def fused_logprob_entropy(
     Raises:
         ValueError: the shapes disagree, or a number is out of range.
     """
-    if hidden.ndim != 2 or head_weight.ndim != 2 or hidden.shape[1] != head_weight.shape[1]:
-        raise ValueError(
-            "need hidden [T, D] and head_weight [V, D], got "
-            f"{tuple(hidden.shape)} and {tuple(head_weight.shape)}"
-        )
-    if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"need a target per token, got {tuple(targets.shape)} for {len(hidden)}")
+    _check_head_shapes(hidden, head_weight, targets)
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
     if chunk < 1:
@@ -209,6 +203,16 @@ def entropy_influence(
     check_same_shape(logprobs=logprobs, entropy=entropy, mean_pull=mean_pull, advantages=advantages)
     pull = _pull(logprobs.detach(), entropy.detach())
     return -advantages.detach() * (pull - mean_pull.detach())
+
+
+def _check_head_shapes(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> None:
+    if hidden.ndim != 2 or head_weight.ndim != 2 or hidden.shape[1] != head_weight.shape[1]:
+        raise ValueError(
+            "need hidden [T, D] and head_weight [V, D], got "
+            f"{tuple(hidden.shape)} and {tuple(head_weight.shape)}"
+        )
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"need a target per token, got {tuple(targets.shape)} for {len(hidden)}")
 
 
 def _num_removed(vocabulary: int, clamp_p: float) -> int:

@@ -22,11 +22,11 @@ from services.cli.plan.rates import Lengths
 from services.learner.evaluation import Evaluator, LawFit
 from services.learner.feeder import Feeder
 from services.learner.inbox import group_staleness
-from services.learner.journal import Journal
 from services.learner.ledger import Ledger
 from services.learner.loop import Learner
 from services.learner.measures import StepReport, reward_metrics
 from services.learner.progress import Progress
+from services.learner.run_record import RunRecord
 from services.learner.wiring import intake
 from services.rollout.app import run_replica
 from services.rollout.replica import Replica
@@ -278,6 +278,7 @@ def _learner(
         vocabulary=VOCABULARY,
         on_evaluated=lambda metrics: None,
     )
+    law, progress = LawFit(config.law), Progress()
     return Learner(
         config=config,
         run_folder=folder,
@@ -287,14 +288,20 @@ def _learner(
         inbox=inbox,
         reconciler=reconciler,
         evaluator=evaluator,
-        law=LawFit(config.law),
+        law=law,
         publisher=side.publisher,
         engine=training,
         on_engine=asyncio.to_thread,
-        journal=Journal(folder / "metrics.jsonl"),
-        history=Journal(folder / "ledger.jsonl"),
-        gauges=LearnerGauges(),
-        progress=Progress(),
+        record=RunRecord(
+            config=config,
+            folder=folder,
+            ledger=ledger,
+            inbox=inbox,
+            law=law,
+            gauges=LearnerGauges(),
+            progress=progress,
+        ),
+        progress=progress,
     )
 
 

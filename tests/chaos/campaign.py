@@ -172,22 +172,28 @@ def run_campaign(order: Order, *, say: Say) -> Outcome:
     run_file = order.folder / "run.toml"
     run_file.write_text(_run_file(order, num_steps=ENDLESS), "utf8")
     config = load_run(run_file)
-    if order.model is None:
-        say("training the warm-up model")
-        warmup = plan_warmup(config, run_file)
-        subprocess.run(
-            warmup.command, check=True, timeout=600, stdout=subprocess.DEVNULL,
-            env={**os.environ, **warmup.environment},
-        )  # fmt: skip
-    folder = new_run(config, run_file, "chaos")
-    with small_disk(folder.path / "checkpoints") as disk:
-        return asyncio.run(_Campaign(order, folder, disk, say).run())
+    # Redis' data is elsewhere: a server that cannot write refuses everything, which is no fault of
+    # the run's own disk.
+    with small_disk(Path(config.run.directory)) as disk:
+        if order.model is None:
+            say("training the warm-up model")
+            warmup = plan_warmup(config, run_file)
+            subprocess.run(
+                warmup.command, check=True, timeout=600, stdout=subprocess.DEVNULL,
+                env={**os.environ, **warmup.environment},
+            )  # fmt: skip
+        folder = new_run(config, run_file, "chaos")
+        campaign = _Campaign(order, folder, order.folder / "redis", disk, say)
+        return asyncio.run(campaign.run())
 
 
 class _Campaign:
-    def __init__(self, order: Order, folder: RunFolder, disk: SmallDisk | None, say: Say) -> None:
+    def __init__(
+        self, order: Order, folder: RunFolder, redis: Path, disk: SmallDisk | None, say: Say
+    ) -> None:
         self._order = order
         self._folder = folder
+        self._redis = redis
         self._say = say
         self._disk = disk
         self._outcome = Outcome(order)
@@ -201,7 +207,7 @@ class _Campaign:
         started, outcome = time.monotonic(), self._outcome
         load = os.getloadavg()[-1]
         contents: dict[str, list[bytes]] = {}
-        async with Stack(self._folder, self._say) as stack:
+        async with Stack(self._folder, self._redis, self._say) as stack:
             scene = Scene(stack, Random(self._order.seed), self._disk)
             try:
                 await self._begin(stack)
@@ -233,7 +239,7 @@ class _Campaign:
 
     async def _strike(self, scene: Scene) -> None:
         deadline = time.monotonic() + self._order.seconds
-        kinds = (kind for kind in self._order.kinds if kind != "disk full" or scene.disk)
+        kinds = (kind for kind in self._order.kinds if "disk" not in kind or scene.disk)
         for kind in kinds:
             await asyncio.sleep(scene.random.uniform(*self._order.calm_seconds))
             if time.monotonic() > deadline:
@@ -293,7 +299,7 @@ def _run_file(order: Order, *, num_steps: int) -> str:
     return RUN_FILE.format(
         num_steps=num_steps,
         seed=order.seed,
-        directory=order.folder,
+        directory=order.folder / "runs",
         model="" if order.model is None else f'path = "{order.model}"',
         warmup=WARMUP if order.model is None else "",
     )

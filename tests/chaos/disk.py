@@ -1,4 +1,4 @@
-"""A disk of a few MiB for the checkpoints, which can be filled: ENOSPC from a real file system.
+"""A disk of a few MiB for the folder of a run, which can be filled: ENOSPC from a real file system.
 
 A tmpfs mounted in a mount namespace of this process and its children, so that nobody else sees
 it and nothing is left mounted whatever happens. Without the right to mount there is none.
@@ -16,9 +16,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-SIZE_MIB = 64
+SIZE_MIB = 128
 ROOM_BYTES = 2**20
-"""What a full disk still takes: a checkpoint begins, and is cut short."""
+"""What a nearly full disk still takes: a checkpoint begins, and is cut short."""
 
 _IN_NAMESPACE = "ISENTROPE_CHAOS_MAY_MOUNT"
 _CHUNK_BYTES = 2**16
@@ -43,14 +43,14 @@ class SmallDisk:
     folder: Path
 
     @contextmanager
-    def full(self) -> Iterator[None]:
-        """Nearly full, until the context ends."""
+    def full(self, *, room_bytes: int = 0) -> Iterator[None]:
+        """With no more room than this, until the context ends."""
         filler = self.folder / ".filler"
         try:
             with filler.open("wb", buffering=0) as file, suppress(OSError):
                 while True:
                     file.write(bytes(_CHUNK_BYTES))
-            os.truncate(filler, filler.stat().st_size - ROOM_BYTES)
+            os.truncate(filler, filler.stat().st_size - room_bytes)
             yield
         finally:
             filler.unlink(missing_ok=True)

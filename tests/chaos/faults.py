@@ -16,9 +16,10 @@ from random import Random
 
 from services.cli.launch import LEARNER, REDIS, ROLLOUT, VERIFIER
 from shared.dead_letters import decode_dead_letter
-from tests.chaos.disk import SmallDisk
+from shared.lease import Registry
+from tests.chaos.disk import ROOM_BYTES, SmallDisk
 from tests.chaos.poison import POISONS, Poison, brew
-from tests.chaos.stack import START_SECONDS, ChaosError, Stack
+from tests.chaos.stack import POLL_SECONDS, START_SECONDS, ChaosError, Stack
 from tests.end_to_end.real_run import children_of
 
 FROZEN_SECONDS = 8.0
@@ -188,18 +189,33 @@ async def stall_control(scene: Scene) -> str:
     return f"to {name} for {LINK_SECONDS:.0f} s"
 
 
-async def fill_disk(scene: Scene) -> str:
+async def fill_checkpoint_disk(scene: Scene) -> str:
     """Room for half a checkpoint, until the learner has said that it could not write one."""
     disk, stack = scene.disk, scene.stack
     assert disk is not None
     size = stack.log_size(LEARNER)
-    with disk.full():
+    with disk.full(room_bytes=ROOM_BYTES):
         await stack.until(
             lambda: "No space left on device" in stack.log_since(LEARNER, size),
             what="a checkpoint that could not be written",
             timeout_seconds=START_SECONDS,
         )
     return "during a checkpoint"
+
+
+async def fill_disk(scene: Scene) -> str:
+    """No room for a byte of anything, until the run has gone on for a while all the same."""
+    disk, stack = scene.disk, scene.stack
+    assert disk is not None
+    deadline = time.monotonic() + START_SECONDS
+    with disk.full():
+        first = await _published_version(stack)
+        wanted = first + 2 * stack.config.checkpoint.every_steps
+        while await _published_version(stack) < wanted:
+            if time.monotonic() > deadline:
+                raise ChaosError(f"waited in vain for version {wanted} while the disk was full")
+            await asyncio.sleep(POLL_SECONDS)
+    return f"from version {first} to {wanted}"
 
 
 async def poison_stream(scene: Scene) -> str:
@@ -244,6 +260,7 @@ FAULTS: dict[str, Inject] = {
     "gRPC links cut": cut_control,
     "gRPC link stalled": stall_control,
     "disk full": fill_disk,
+    "disk full for a checkpoint": fill_checkpoint_disk,
     "poison": poison_stream,
     "Redis wiped": wipe_redis,
 }
@@ -255,6 +272,13 @@ def deal(kinds: Sequence[str], random: Random) -> Iterator[str]:
         deck = list(kinds)
         random.shuffle(deck)
         yield from deck
+
+
+async def _published_version(stack: Stack) -> int:
+    """The learner's last, as Redis knows it: no file of the run is needed to see it."""
+    registry = Registry(stack.streams.client, prefix=stack.streams.prefix)
+    version = await registry.announced_version()
+    return -1 if version is None else version
 
 
 async def _kill(scene: Scene, name: str) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Self
 
 from services.cli.launch import (
@@ -63,6 +64,9 @@ class Exit:
 class Stack:
     """The processes of a run; `async with` starts them and ends every one.
 
+    Args:
+        redis: folder of the server's data.
+
     Attributes:
         steps: when they ended.
         exits: of services that no fault had killed, or that were told to end and failed.
@@ -73,12 +77,12 @@ class Stack:
     links: Links
     streams: Streams
 
-    def __init__(self, folder: RunFolder, say: Say) -> None:
+    def __init__(self, folder: RunFolder, redis: Path, say: Say) -> None:
         self.steps = Steps(folder.metrics)
         self.exits: list[Exit] = []
         self._folder = folder
         self._say = say
-        self._server = prepare_redis(folder.redis)
+        self._server = prepare_redis(redis)
         self._supervisor = Supervisor(
             grace_seconds=self.config.network.call_timeout_seconds,
             scratch=self._server.socket_folder,

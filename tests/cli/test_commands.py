@@ -33,6 +33,20 @@ def test_check_tells_the_main_choices(capsys: pytest.CaptureFixture[str]) -> Non
         assert part in output
 
 
+def test_check_tells_how_far_a_canary_may_differ_and_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.toml"
+    for text, said in (
+        ("", "within 0.001 nats (for float32)"),
+        ('dtype = "bfloat16"\n', "within 0.2 nats (for bfloat16)"),
+        ("[weights]\ncanary_tolerance = 0.1\n", "within 0.1 nats (as set)"),
+    ):
+        file.write_text(RUN_FILE + text)
+        assert main(["check", str(file)]) == 0
+        assert said in capsys.readouterr().out
+
+
 def test_check_and_up_say_what_was_read_as_something_else(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -187,9 +187,18 @@ class Up:
         with self.learner() as learner:
             return learner.GetStatus(learner_pb.GetLearnerStatusRequest(), timeout=CALL_SECONDS)
 
+    def until_members(self, names: Set[str]) -> dict[str, Member]:
+        """Those who hold a lease, once all of `names` do: on a busy machine one may run out."""
+
+        def are_there() -> dict[str, Member]:
+            found = self.members()
+            return found if names <= found.keys() else {}
+
+        return self.until(are_there, f"the leases of {', '.join(sorted(names))}")
+
     @contextmanager
     def learner(self) -> Iterator[learner_pb2_grpc.LearnerStub]:
-        with self.open(self.members()["learner"]) as channel:
+        with self.open(self.until_members({"learner"})["learner"]) as channel:
             yield learner_pb2_grpc.LearnerStub(channel)
 
     def open(self, member: Member) -> grpc.Channel:

@@ -28,6 +28,7 @@ from shared.config import load_run
 from shared.lease import Member
 from shared.tasks.registry import load_task
 from shared.tokenizer import Tokenizer
+from tests.end_to_end.monitored import NO_PROMETHEUS, PROMETHEUS, Monitor, monitored
 from tests.end_to_end.real_run import (
     CALL_SECONDS,
     EVALUATED_EVERY,
@@ -40,6 +41,7 @@ from tests.end_to_end.real_run import (
     sample,
     write_run_file,
 )
+from tests.observability.answered import Answers
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(900)]
 
@@ -48,6 +50,7 @@ NUM_STEPS = 24
 
 MAX_STALENESS = 1
 PAUSE_AT = 3
+MEMBERS = {"learner", "rollout-0", "rollout-1", "verifier-0"}
 NAMES = {
     "learner": "isentrope.v1.Learner",
     "rollout": "isentrope.v1.Rollout",
@@ -83,15 +86,17 @@ class Seen:
     replicas: dict[str, rollout_pb.GetRolloutStatusResponse]
     generated: dict[str, rollout_pb.GenerateResponse]
     scored: verifier_pb.ScoreResponse
+    answers: Answers | None
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The run after its end."""
+    """The run after its end, and who looked at it if there is a Prometheus."""
 
     up: Up
     seen: Seen
     left: list[int]
+    monitor: Monitor | None
 
 
 @pytest.fixture(scope="module")
@@ -102,15 +107,16 @@ def finished(
     run_file = write_run_file(folder, model=model, num_steps=NUM_STEPS, max_staleness=MAX_STALENESS)
     up = start(folder, run_file, "--run-id", RUN_ID)
     up.until_says("all services are up")
-    up.until_step(PAUSE_AT)
-    with up.paused():
-        seen = look(up, model)
+    with monitored(up) as monitor:
+        up.until_step(PAUSE_AT)
+        with up.paused():
+            seen = look(up, model, monitor)
     up.wait(0)
-    return Finished(up, seen, processes_in(folder))
+    return Finished(up, seen, processes_in(folder), monitor)
 
 
-def look(up: Up, model: Path) -> Seen:
-    members = up.members()
+def look(up: Up, model: Path, monitor: Monitor | None) -> Seen:
+    members = up.until_members(MEMBERS)
     channels = {name: up.open(each) for name, each in members.items()}
     replicas = [name for name, each in members.items() if each.role == "rollout"]
     prompt = Tokenizer(str(model)).encode_prompt(PROMPT)
@@ -133,6 +139,7 @@ def look(up: Up, model: Path) -> Seen:
             replicas={name: up.rollout_status(members[name]) for name in replicas},
             generated={name: generate(channels[name], prompt) for name in replicas},
             scored=score(channels["verifier-0"]),
+            answers=None if monitor is None else monitor.until_answered(set(members)),
         )
     finally:
         for channel in channels.values():
@@ -169,7 +176,7 @@ def newest(rows: list[Row], key: str) -> float:
 
 def test_every_service_is_healthy_and_describes_itself(finished: Finished) -> None:
     seen = finished.seen
-    assert set(seen.members) == {"learner", "rollout-0", "rollout-1", "verifier-0"}
+    assert set(seen.members) == MEMBERS
     assert set(seen.health.values()) == {health_pb2.HealthCheckResponse.SERVING}
     assert set(seen.probed.values()) == {"OK\nOK\n"}
     for name, member in seen.members.items():
@@ -227,6 +234,31 @@ def test_a_verifier_shows_what_it_scored(finished: Finished) -> None:
     scored = sum(each.value for each in results if each.name.endswith("_total"))
     trained = sum(row["completions"] for row in finished.seen.steps)
     assert scored >= trained
+
+
+@pytest.mark.skipif(PROMETHEUS is None, reason=NO_PROMETHEUS)
+def test_prometheus_has_an_answer_to_all_that_dashboard_and_rules_ask(finished: Finished) -> None:
+    answers = finished.seen.answers
+    assert answers is not None
+    assert answers.scraped == set(finished.seen.members)
+    assert answers.missing == ()
+    assert answers.failing_rules == ()
+    # The certificates of this run are good for an hour.
+    assert ("IsentropeCertificateExpiring", "pending") in answers.alerts
+    assert {state for _, state in answers.alerts} == {"pending"}
+
+
+@pytest.mark.skipif(PROMETHEUS is None, reason=NO_PROMETHEUS)
+def test_the_monitor_ends_with_its_prometheus_and_leaves_whom_it_scraped(
+    finished: Finished,
+) -> None:
+    monitor = finished.monitor
+    assert monitor is not None
+    assert monitor.process.returncode == 0
+    assert not monitor.listens()
+    scraped = {each["labels"]["instance"]: each["targets"] for each in monitor.targets}
+    members = finished.seen.members
+    assert scraped == {name: [each.metrics_address] for name, each in members.items()}
 
 
 def test_a_replica_answers_a_direct_call_with_log_probs_and_versions(finished: Finished) -> None:

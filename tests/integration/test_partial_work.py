@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from services.rollout.announced import Announced
 from services.rollout.concurrency import Change, Concurrency
 from services.rollout.engine import VllmEngine
 from services.rollout.keeper import Keeper
@@ -26,6 +27,7 @@ from services.rollout.replica import Event, Replica
 from services.rollout.sampler import Sampler
 from services.rollout.vllm_launch import EngineSettings
 from shared.codec import decode_rollout_group, encode_prompt_group
+from shared.lease import Registry
 from shared.metrics.rollout import ROLLOUT_CONCURRENCY_CHANGES
 from shared.records import Completion, PromptGroup, RolloutGroup, VersionRun
 from shared.redis_partials import RedisPartials
@@ -76,6 +78,12 @@ def make_sampler(
         name=name,
         engine=engine,
         replica=replica,
+        announced=Announced(
+            Registry(streams.client, prefix=streams.prefix).announced_version,
+            replica=replica,
+            max_staleness=1,
+            patience_seconds=30.0,
+        ),
         prompts=streams.prompts,
         rollouts=streams.rollouts,
         dead_letter=streams.dead_letter,
@@ -89,6 +97,7 @@ def make_sampler(
             max_staleness=1,
         ),
         max_attempts=3,
+        reclaim_seconds=30.0,
         drain_seconds=30.0,
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 from tests.kubernetes.manifests import Manifest
 from tests.kubernetes.workloads import SERVICES
 
-RUN_TOML = '[run]\nname = "demo"\nnum_steps = 1\n\n[warmup]\n'
+RUN_TOML = '[run]\nname = "demo"\nnum_steps = 1\n\n[model]\npath = "models/policy"\n'
 REDIS_CONF = (
     "port 6379\nappendonly yes\nmaxmemory 4608mb\nmaxmemory-policy noeviction\n"
     "aclfile /etc/redis-auth/users.acl\n"
@@ -20,7 +20,9 @@ def healthy() -> list[Manifest]:
     return [
         _object("v1", "ConfigMap", "run", data={"run.toml": RUN_TOML}),
         _object("v1", "ConfigMap", "redis", data={"redis.conf": REDIS_CONF}),
+        _object("v1", "Namespace", "isentrope"),
         _object("v1", "ServiceAccount", "isentrope"),
+        _object("v1", "PersistentVolumeClaim", "data"),
         _object("scheduling.k8s.io/v1", "PriorityClass", "isentrope", value=1),
         _object("apps/v1", "StatefulSet", "redis", spec=_workload("redis", _redis())),
         _object(
@@ -54,7 +56,8 @@ def healthy() -> list[Manifest]:
                 ]
             },
         ),
-        _object("keda.sh/v1alpha1", "ScaledObject", "verifier", spec=_scaling()),
+        _object("keda.sh/v1alpha1", "ScaledObject", "verifier", spec=_by_backlog()),
+        _object("keda.sh/v1alpha1", "ScaledObject", "rollout", spec=_by_starvation()),
     ]
 
 
@@ -88,6 +91,7 @@ def _workload(name: str, container: Manifest) -> Manifest:
                 "volumes": [
                     {"name": "run", "configMap": {"name": "run"}},
                     {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}},
+                    {"name": "data", "persistentVolumeClaim": {"claimName": "data"}},
                 ],
             },
         },
@@ -126,8 +130,13 @@ def _redis() -> Manifest:
 
 def _service(name: str) -> Manifest:
     ready: Manifest = {"grpc": {"port": 7070, "service": SERVICES[name]}}
+    container = _container(name)
+    container["volumeMounts"].append(
+        {"name": "data", "mountPath": "/data/models", "subPath": "models", "readOnly": True}
+    )
     return {
-        **_container(name),
+        **container,
+        "workingDir": "/data",
         "command": ["python", "-m", f"services.{name}"],
         "args": ["--config=/etc/isentrope/run.toml", "--name=$(POD_NAME)"],
         "ports": [
@@ -215,18 +224,38 @@ def _policy(
     return _object("networking.k8s.io/v1", "NetworkPolicy", name, spec=spec)
 
 
-def _scaling() -> Manifest:
+def _by_backlog() -> Manifest:
     return {
         "scaleTargetRef": {"kind": "Deployment", "name": "verifier"},
         "triggers": [
             {
                 "type": "redis-streams",
                 "metadata": {
-                    "address": "redis:6379",
+                    "address": "redis.isentrope.svc.cluster.local:6379",
                     "stream": "isentrope:{demo}:rollouts",
                     "streamLength": "8",
                 },
                 "authenticationRef": {"name": "redis"},
+            }
+        ],
+    }
+
+
+def _by_starvation() -> Manifest:
+    phases = 'sum(rate(isentrope_learner_phase_seconds_total{namespace="isentrope"}[15m]))'
+    waits = phases.replace('isentrope"', 'isentrope",phase="wait_data"')
+    return {
+        "scaleTargetRef": {"kind": "Deployment", "name": "rollout"},
+        "triggers": [
+            {
+                "type": "prometheus",
+                "metricType": "Value",
+                "metadata": {
+                    "serverAddress": "http://prometheus:9090",
+                    "query": f"{waits} / ({phases} > 0)",
+                    "threshold": "0.2",
+                    "ignoreNullValues": "false",
+                },
             }
         ],
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from tests.kubernetes.manifests import Manifest, Pod, of_kind, pods, selects
 
@@ -39,6 +40,8 @@ REFUSED = [
     *[Call(caller, "rollout", 22) for caller in ("learner", "rollout", "verifier")],
     Call("rollout", "rollout", "grpc"),
     Call("redis", "redis", "redis"),
+    *[Call("load-model", called, "grpc") for called in ("learner", "rollout", "verifier")],
+    Call("load-model", "redis", "redis"),
 ]
 
 
@@ -59,6 +62,7 @@ def problems(manifests: Sequence[Manifest]) -> Iterator[str]:
                 yield f"{call.caller} {word} reach {call.called} on {call.port}"
     yield from _port_ranges(manifests)
     yield from _own_ports(manifests)
+    yield from _traces(manifests)
 
 
 def allows(policies: Sequence[Manifest], caller: Pod, called: Pod, port: Port) -> bool:
@@ -149,3 +153,28 @@ def _own_ports(manifests: Sequence[Manifest]) -> Iterator[str]:
             for port in container.get("ports", []):
                 if first <= port["containerPort"] <= last:
                     yield f"{pod.owner}: port {port['name']} is one that the kernel gives away"
+
+
+def _traces(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """Who sends traces reaches the collector's namespace; a connection that hangs says nothing."""
+    policies = of_kind(manifests, "NetworkPolicy")
+    for pod in pods(manifests):
+        variables = {each["name"]: each.get("value") for each in pod.containers[0].get("env", [])}
+        endpoint = urlsplit(variables.get("OTEL_EXPORTER_OTLP_ENDPOINT") or "")
+        if endpoint.hostname is None:
+            continue
+        namespace = endpoint.hostname.partition(".")[2].partition(".")[0]
+        if not any(
+            _leads_to(namespace, peers) and endpoint.port in {each["port"] for each in ports}
+            for peers, ports in _rules(policies, "Egress", pod) or []
+        ):
+            yield f"{pod.owner}: cannot reach {endpoint.netloc} with its traces"
+
+
+def _leads_to(namespace: str, peers: Sequence[Manifest]) -> bool:
+    labels = {"kubernetes.io/metadata.name": namespace}
+    return any(
+        selects(each["namespaceSelector"], labels)
+        for each in peers
+        if len(each) == 1 and "namespaceSelector" in each
+    )

@@ -129,8 +129,10 @@ def _issued(manifests: Sequence[Manifest]) -> set[str]:
 
 
 def _wanted(pod: Pod) -> Iterator[tuple[str, str]]:
-    yield "ServiceAccount", pod.spec.get("serviceAccountName", "default")
-    yield "PriorityClass", pod.spec.get("priorityClassName", "")
+    # A Job may come before all that an overlay has.
+    if not pod.owner.startswith("Job/"):
+        yield "ServiceAccount", pod.spec.get("serviceAccountName", "default")
+        yield "PriorityClass", pod.spec.get("priorityClassName", "")
     for volume in pod.volumes.values():
         if "configMap" in volume:
             yield "ConfigMap", volume["configMap"]["name"]

@@ -5,12 +5,11 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import PurePosixPath
 
 from services.cli.check import describe
 from shared.config import Environment, RunConfig, parse_run
 from shared.errors import ConfigError
-from shared.redis_stream import key_prefix
-from shared.stream import ROLLOUTS
 from tests.kubernetes.manifests import Manifest, Pod, arguments, of_kind, option, pods, quantity
 from tests.kubernetes.workloads import GPU, SERVICES
 
@@ -22,26 +21,30 @@ _PLATFORM = {"HOME", "OMP_NUM_THREADS", "PYTHONUNBUFFERED", "POD_NAME", "REDIS_P
 
 def problems(manifests: Sequence[Manifest]) -> Iterator[str]:
     """One line for each disagreement."""
-    found = [
-        manifest["data"][RUN_FILE]
-        for manifest in of_kind(manifests, "ConfigMap")
-        if RUN_FILE in manifest.get("data", {})
-    ]
-    if len(found) != 1:
-        yield f"{len(found)} ConfigMaps hold a {RUN_FILE}; there must be one"
+    texts = list(run_files(manifests))
+    if len(texts) != 1:
+        yield f"{len(texts)} ConfigMaps hold a {RUN_FILE}; there must be one"
         return
     try:
-        config = parse_run(found[0])
+        config = parse_run(texts[0])
         describe(config)
     except ConfigError as error:
         yield f"{RUN_FILE}: {error}"
         return
     yield from _gpus(config, manifests)
     yield from _redis(config, manifests)
-    yield from _scaling(config, manifests)
+    yield from _liveness(config, manifests)
+    yield from _model(config, manifests)
     for pod in pods(manifests):
         if pod.name in SERVICES:
             yield from _command(pod)
+
+
+def run_files(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """The run files of all ConfigMaps."""
+    for manifest in of_kind(manifests, "ConfigMap"):
+        if RUN_FILE in manifest.get("data", {}):
+            yield manifest["data"][RUN_FILE]
 
 
 def _gpus(config: RunConfig, manifests: Sequence[Manifest]) -> Iterator[str]:
@@ -98,19 +101,43 @@ def _redis(config: RunConfig, manifests: Sequence[Manifest]) -> Iterator[str]:
                 yield "redis: the memory limit is below 1.5 times maxmemory: no room to fork"
 
 
-def _scaling(config: RunConfig, manifests: Sequence[Manifest]) -> Iterator[str]:
-    """A wrong key is an empty stream to KEDA, which would scale to the least and say nothing."""
-    for manifest in of_kind(manifests, "ScaledObject"):
-        for trigger in manifest["spec"]["triggers"]:
-            if trigger["type"] != "redis-streams":
-                continue
-            asked, wanted = trigger["metadata"], key_prefix(config.run.name) + ROLLOUTS
-            if asked.get("stream") != wanted:
-                yield f"ScaledObject: stream {asked.get('stream')!r}, and the run's is {wanted!r}"
-            if "consumerGroup" in asked or "streamLength" not in asked:
-                yield "ScaledObject: only streamLength counts what waits and what is in work"
-            elif int(asked["streamLength"]) > config.verifier.max_concurrent_groups:
-                yield "ScaledObject: streamLength is above verifier.max_concurrent_groups"
+def _liveness(config: RunConfig, manifests: Sequence[Manifest]) -> Iterator[str]:
+    """The default suits a step of the demo; a longer step or checkpoint would be ended by it."""
+    has_gpus = any(
+        GPU in container["resources"].get("limits", {})
+        for pod in pods(manifests)
+        for container in pod.containers
+    )
+    if has_gpus and "stall_seconds" not in config.watchdog.model_fields_set:
+        yield (
+            f"{RUN_FILE}: watchdog.stall_seconds is not set, and liveness ends who makes no"
+            f" progress within {config.watchdog.stall_seconds:.0f} s"
+        )
+
+
+def _model(config: RunConfig, manifests: Sequence[Manifest]) -> Iterator[str]:
+    """A verifier, which runs what models wrote, reads the tokenizer and no checkpoint."""
+    for pod in pods(manifests):
+        if pod.name != "verifier":
+            continue
+        container = pod.containers[0]
+        working = PurePosixPath(container["workingDir"])
+        model = working / config.model_path
+        run = working / config.run.directory / config.run.name
+        mounts = [
+            (PurePosixPath(mount["mountPath"]), mount)
+            for mount in container["volumeMounts"]
+            if "persistentVolumeClaim" in pod.volumes.get(mount["name"], {})
+        ]
+        if not any(model.is_relative_to(path) for path, _ in mounts):
+            yield f"{pod.owner}: {config.model_path}, the model's folder, is not mounted"
+        for path, mount in mounts:
+            if run.is_relative_to(path) or path.is_relative_to(run):
+                yield f"{pod.owner}: {path} shows it the run's checkpoints"
+            if path != working / mount.get("subPath", ""):
+                yield f"{pod.owner}: {path} is another folder for the other services"
+            if mount.get("readOnly") is not True:
+                yield f"{pod.owner}: may write to {path}"
 
 
 def _command(pod: Pod) -> Iterator[str]:

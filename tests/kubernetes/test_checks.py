@@ -17,11 +17,23 @@ from tests.kubernetes.breaks import (
 )
 from tests.kubernetes.check_manifests import problems
 from tests.kubernetes.healthy import healthy
-from tests.kubernetes.manifests import quantity
+from tests.kubernetes.manifests import Manifest, quantity
 
 
 def test_nothing_is_found_in_a_healthy_set() -> None:
     assert problems(healthy()) == []
+
+
+def trigger(objects: dict[str, Manifest], name: str) -> Manifest:
+    """What KEDA asks to scale a workload."""
+    asked: Manifest = objects[f"ScaledObject/{name}"]["spec"]["triggers"][0]["metadata"]
+    return asked
+
+
+def data_mount(objects: dict[str, Manifest], owner: str) -> Manifest:
+    """Where the volume of models and checkpoints is mounted."""
+    mounts = container(objects, owner)["volumeMounts"]
+    return next(mount for mount in mounts if mount["name"] == "data")
 
 
 BREAKS: list[tuple[str, Break, str]] = [
@@ -236,7 +248,7 @@ BREAKS: list[tuple[str, Break, str]] = [
     (
         "the stream of another run",
         lambda o: put(
-            o["ScaledObject/verifier"]["spec"]["triggers"][0]["metadata"],
+            trigger(o, "verifier"),
             stream="isentrope:{other}:rollouts",
         ),
         "and the run's is 'isentrope:{demo}:rollouts'",
@@ -244,7 +256,7 @@ BREAKS: list[tuple[str, Break, str]] = [
     (
         "scaling by the lag alone",
         lambda o: put(
-            o["ScaledObject/verifier"]["spec"]["triggers"][0]["metadata"],
+            trigger(o, "verifier"),
             consumerGroup="rollouts",
             lagCount="8",
         ),
@@ -252,17 +264,84 @@ BREAKS: list[tuple[str, Break, str]] = [
     ),
     (
         "verifiers that never hold enough to be followed by another",
-        lambda o: put(
-            o["ScaledObject/verifier"]["spec"]["triggers"][0]["metadata"], streamLength="17"
-        ),
+        lambda o: put(trigger(o, "verifier"), streamLength="17"),
         "streamLength is above verifier.max_concurrent_groups",
     ),
     (
         "a number where KEDA wants a string",
-        lambda o: put(
-            o["ScaledObject/verifier"]["spec"]["triggers"][0]["metadata"], streamLength=8
-        ),
+        lambda o: put(trigger(o, "verifier"), streamLength=8),
         "8 is not of type 'string'",
+    ),
+    (
+        "the Redis of another namespace",
+        lambda o: put(o["Namespace/isentrope"]["metadata"], name="team-b"),
+        "and Redis is at redis.team-b.svc.cluster.local:6379",
+    ),
+    (
+        "the learner of another namespace",
+        lambda o: put(
+            trigger(o, "rollout"),
+            query=trigger(o, "rollout")["query"].replace('"isentrope"', '"b"', 1),
+        ),
+        "isentrope_learner_phase_seconds_total of namespace 'b'",
+    ),
+    (
+        "a share that may be 0 / 0",
+        lambda o: put(
+            trigger(o, "rollout"), query=trigger(o, "rollout")["query"].replace(" > 0)", ")")
+        ),
+        "0 / 0 is NaN",
+    ),
+    (
+        "a question for what nobody exports",
+        lambda o: put(
+            trigger(o, "rollout"), query=trigger(o, "rollout")["query"].replace("_phase_", "_part_")
+        ),
+        "no series isentrope_learner_part_seconds_total",
+    ),
+    (
+        "no answer that counts as no need",
+        lambda o: trigger(o, "rollout").pop("ignoreNullValues"),
+        "no answer counts as 0",
+    ),
+    (
+        "a model on GPUs with the demo's patience",
+        lambda o: container(o, ROLLOUT)["resources"]["limits"].update({"nvidia.com/gpu": "1"}),
+        "watchdog.stall_seconds is not set",
+    ),
+    (
+        "a verifier that sees checkpoints",
+        lambda o: put(data_mount(o, VERIFIER), mountPath="/data", subPath=""),
+        "/data shows it the run's checkpoints",
+    ),
+    (
+        "a verifier without its tokenizer",
+        lambda o: put(data_mount(o, VERIFIER), mountPath="/data/data", subPath="data"),
+        "models/policy, the model's folder, is not mounted",
+    ),
+    (
+        "a verifier that finds another folder at the model's place",
+        lambda o: put(data_mount(o, VERIFIER), subPath="runs"),
+        "/data/models is another folder for the other services",
+    ),
+    (
+        "a verifier that may change the model",
+        lambda o: data_mount(o, VERIFIER).pop("readOnly"),
+        "may write to /data/models",
+    ),
+    (
+        "a collector that no policy leads to",
+        lambda o: container(o, ROLLOUT)["env"].append(
+            {"name": "OTEL_EXPORTER_OTLP_ENDPOINT", "value": "http://collector.traces.svc:4317"}
+        ),
+        "cannot reach collector.traces.svc:4317",
+    ),
+    (
+        "a collector without a namespace",
+        lambda o: container(o, ROLLOUT)["env"].append(
+            {"name": "OTEL_EXPORTER_OTLP_ENDPOINT", "value": "http://collector:4317"}
+        ),
+        "cannot reach collector:4317",
     ),
     (
         "a field that a custom resource does not have",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from itertools import chain
+from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.kubernetes.check_manifests import problems
 from tests.kubernetes.kustomize import (
@@ -16,6 +19,7 @@ from tests.kubernetes.kustomize import (
     OVERLAYS,
     build,
     has_kubectl,
+    relative,
 )
 from tests.kubernetes.manifests import of_kind, parse, pods
 
@@ -34,6 +38,24 @@ def test_every_component_is_checked_over_some_overlay() -> None:
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_nothing_is_wrong_with_an_overlay(overlay: str) -> None:
     assert problems(parse(build(KUBERNETES / "overlays" / overlay))) == []
+
+
+@needs_kubectl
+def test_a_namespace_of_one_s_own_takes_what_the_documentation_says(tmp_path: Path) -> None:
+    text = (KUBERNETES.parent / "README.md").read_text("utf8")
+    [block] = re.findall(r"```yaml\n(namespace: team-b.*?)```", text, re.DOTALL)
+    given = yaml.safe_load(block)
+    [overlay] = given["resources"]
+    given["resources"] = [relative(KUBERNETES / overlay.partition("kubernetes/")[2], tmp_path)]
+    given["components"] = [relative(KUBERNETES / "components" / "keda-rollouts", tmp_path)]
+
+    def found() -> list[str]:
+        (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(given), "utf8")
+        return problems(parse(build(tmp_path)))
+
+    assert found() == []
+    del given["replacements"]
+    assert len(found()) == 3
 
 
 @needs_kubectl

@@ -144,6 +144,7 @@ def learner_side(
     model: SmallModel | None = None,
     timeout_seconds: float = TIMEOUT_SECONDS,
     republish_seconds: float = 60.0,
+    min_bytes_per_second: float = 100 * 2.0**20,
     bucket_bytes: int = 1024,
     keeps_copy: bool = True,
     on_engine: Callable[[Callable[[], Any]], Any] = asyncio.to_thread,
@@ -162,6 +163,7 @@ def learner_side(
         refitter=Refitter(
             bucket_bytes=bucket_bytes,
             timeout_seconds=timeout_seconds,
+            min_bytes_per_second=min_bytes_per_second,
             canary_token_ids=CANARY,
             canary_tolerance=1e-3,
         ),

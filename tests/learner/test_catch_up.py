@@ -15,7 +15,7 @@ import pytest
 from protos import learner_pb2 as pb
 from protos import learner_pb2_grpc as pb_grpc
 from protos import rollout_pb2 as pb_rollout
-from services.learner.publisher import MAX_FAILURES
+from services.learner.rounds import MAX_FAILURES
 from services.rollout.replica import Event, State
 from shared.buckets import Manifest
 from shared.codec import decode_rollout_group, encode_prompt_group
@@ -169,6 +169,21 @@ async def test_a_stream_that_is_read_slowly_is_of_one_version_whatever_is_publis
         assert newer is not None and newer.staged is not version.staged
 
 
+async def test_the_copy_is_read_from_the_moment_that_a_replica_is_chosen(scene: Scene) -> None:
+    await scene.publisher.publish(0)
+    late, version = await scene.start("rollout-0"), scene.publisher.version
+    await scene.publisher.fleet.meet()
+    async with scene.learner.catching_up():
+        catch_up, (peer,) = scene.learner.catch_up, scene.publisher.fleet.peers
+        assert version is not None
+        catch_up._start(peer, version)
+        # It has not been asked yet what it serves, and a publication needs memory already.
+        assert scene.publisher._make_room() is not version.staged
+        scene.publisher.version = version
+        await until(lambda: late.serves(0))
+        await until(lambda: not version.num_readers)
+
+
 async def test_without_a_reader_the_copy_is_made_in_the_same_memory(scene: Scene) -> None:
     await scene.publisher.publish(0)
     first = scene.publisher.version
@@ -252,6 +267,7 @@ async def test_whose_lease_ends_is_not_waited_for_any_longer(
             await wait_for_lease(scene.registry, "bad")
             async with scene.learner.catching_up():
                 await scene.publisher.publish(0)
+                await until(lambda: scene.learner.serving == {"bad": 0, "good": 0})
                 crew.signal("bad", signal.SIGSTOP)
                 publication = await asyncio.wait_for(scene.publisher.publish(1), 60.0)
     assert publication.failed == ("bad",)

@@ -15,6 +15,7 @@ from services.learner.checkpoint import (
     MANIFEST,
     newest_checkpoint,
     prune_checkpoints,
+    read_checkpoint,
     write_checkpoint,
 )
 from services.learner.snapshot import Snapshot
@@ -111,6 +112,78 @@ def test_the_best_is_kept_besides(
     prune_checkpoints(tmp_path, keep=1, keep_best=1, scores=scores)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [f"step-{step:06d}" for step in kept]
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+def test_a_second_checkpoint_of_a_step_takes_no_older_step_s_place(tmp_path: Path) -> None:
+    for step in (160, 180, 200, 200):
+        write(tmp_path, step)
+        prune_checkpoints(tmp_path, keep=2, keep_best=2, scores={160: 0.3, 180: 0.1, 200: 0.36})
+    assert names(tmp_path) == ["step-000160", "step-000180", "step-000200-002"]
+
+
+def test_a_third_checkpoint_of_a_step_is_newer_than_the_second_that_is_left(tmp_path: Path) -> None:
+    for _ in range(3):
+        latest = write(tmp_path, 200)
+        prune_checkpoints(tmp_path, keep=2)
+    assert names(tmp_path) == [latest.name] == ["step-000200-003"]
+
+
+def test_steps_are_ordered_as_numbers_and_foreign_folders_left_alone(tmp_path: Path) -> None:
+    for step in (999_999, 1_000_000):
+        write(tmp_path, step)
+    (tmp_path / "step-best-so-far").mkdir()
+    prune_checkpoints(tmp_path, keep=1)
+    assert names(tmp_path) == ["step-1000000", "step-best-so-far"]
+    found = newest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 1_000_000
+
+
+def test_who_reads_a_checkpoint_that_is_deleted_never_finds_half_of_it(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    process = FORKED.Process(target=prune_and_die, args=(tmp_path,), daemon=True)
+    process.start()
+    process.join(60.0)
+    assert process.exitcode == -signal.SIGKILL
+    assert names(tmp_path) == [".step-000001.tmp", "step-000002"]
+    prune_checkpoints(tmp_path, keep=1)
+    assert names(tmp_path) == ["step-000002"]
+
+
+def prune_and_die(root: Path) -> None:
+    """In a process of its own: the first file of the older one is gone."""
+    die_at("os.remove", "", 2)
+    prune_checkpoints(root, keep=1)
+
+
+def test_files_of_a_rank_that_rank_0_does_not_see_are_no_checkpoint(tmp_path: Path) -> None:
+    def elsewhere(folder: Path) -> dict[str, tuple[int, int]]:
+        save_engine(folder)
+        return {"weights": (1000, 7), "optimizer-of-rank-1": (1000, 7)}
+
+    with pytest.raises(CheckpointError, match=r"engine/optimizer-of-rank-1.*that all ranks share"):
+        write_checkpoint(tmp_path, step=1, state={}, save_engine=elsewhere)
+    assert names(tmp_path) == []
+
+
+def test_what_is_not_needed_is_not_read(tmp_path: Path) -> None:
+    folder = write(tmp_path, 1)
+    told: list[tuple[int, int]] = []
+    (folder / "engine/weights").write_bytes(b"x" * 1000)
+    read_checkpoint(
+        folder,
+        is_needed=lambda name: name == "state.json",
+        on_read=lambda done, total: told.append((done, total)),
+    )
+    size = (folder / "state.json").stat().st_size
+    assert told == [(size, size)]
+    with pytest.raises(CheckpointError, match="engine/weights is not as it was written"):
+        read_checkpoint(folder)
 
 
 def test_what_the_engine_has_listed_is_not_read_again_and_is_checked(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from services.learner.culprit import (
     name_missing,
     name_redis,
 )
-from shared.stream import Holder
+from shared.stream import NOBODY, Holder
 
 BATCH = Awaited("batch 41", 3, 8, 0.0)
 TWO = ("rollout-0", "rollout-1")
@@ -24,7 +24,7 @@ SERVING = {"rollout-0": 9, "rollout-1": 9}
 
 
 def prompts(waiting: int = 0, *holders: Holder, leases: tuple[str, ...] = TWO) -> Station:
-    return Station("prompts", waiting, holders, leases)
+    return Station.of("prompts", waiting=waiting, holders=holders, leases=leases)
 
 
 def rollouts(
@@ -115,6 +115,10 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "nobody serves": (
         {"prompts": prompts(3), "versions": {"rollout-0": None}},
+        "3 of 8 groups wait in `prompts`; no replica serves, rollout-0 and rollout-1 are stale",
+    ),
+    "nobody serves, and what they held was given back": (
+        {"prompts": prompts(1, Holder(NOBODY, 2, 90.0)), "versions": {"rollout-0": None}},
         "3 of 8 groups wait in `prompts`; no replica serves, rollout-0 and rollout-1 are stale",
     ),
     "the only replica does not serve": (

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import math
@@ -75,6 +76,7 @@ class Scene:
     dead: MemoryStream = field(default_factory=lambda: stream("dead_letter"))
     ledger: Ledger = field(default_factory=lambda: Ledger(run_id="run", num_problems=8, seed=1))
     evaluated: list[dict[str, Any]] = field(default_factory=list)
+    announced: list[int] = field(default_factory=list)
     run: str = RUN
     replace_degenerate: bool = False
     max_degenerate_batches: int = 10
@@ -107,6 +109,7 @@ class Scene:
             feeder=self.feeder,
             evaluator=self.evaluator,
             inbox=self.inbox,
+            announce=self.announce,
             on_evaluated=self.evaluated.append,
             seconds=seconds,
             max_attempts=2,
@@ -128,6 +131,9 @@ class Scene:
             max_degenerate_batches=self.max_degenerate_batches,
             lost_seconds=lost_seconds,
         )
+
+    async def announce(self, policy_version: int) -> None:
+        self.announced.append(policy_version)
 
     async def arrive(self, *groups: ScoredGroup) -> None:
         for group in groups:
@@ -275,9 +281,30 @@ async def test_an_entry_that_cannot_be_read_goes_to_dead_letter(scene: Scene) ->
     assert letter.error
 
 
-def evaluated(problem: int, *outcomes: Outcome, attempt: int = 0) -> ScoredGroup:
+async def test_while_dead_letters_are_full_the_loop_is_asked_and_may_stop(scene: Scene) -> None:
+    for _ in range(64):
+        assert await scene.dead.put(b"in the way")
+    await scene.scored.put(b"poison")
+    with pytest.raises(WaitedError):
+        await asyncio.wait_for(scene.take(count=1), 10.0)
+    assert await scene.scored.peek() == [b"poison"]
+    (letter, *_) = await scene.dead.claim("a person", count=1, wait_seconds=0.1)
+    await scene.dead.acknowledge([letter.id])
+    scene.inbox = scene.make_inbox()
+    await scene.inbox.recover()
+    await scene.arrive(make_scored(0))
+    assert await scene.take(count=1) == [0]
+    assert decode_dead_letter((await scene.dead.peek())[-1]).payload == b"poison"
+
+
+def evaluated(problem: int, *outcomes: Outcome, attempt: int = 0, step: int = 5) -> ScoredGroup:
     return make_scored(
-        problem, epoch=5, attempt=attempt, purpose=Purpose.EVAL, outcomes=outcomes, versions=(5, 5)
+        problem,
+        epoch=step,
+        attempt=attempt,
+        purpose=Purpose.EVAL,
+        outcomes=outcomes,
+        versions=(step, step),
     )
 
 

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import secrets
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,12 +12,13 @@ from typing import Any
 
 import pytest
 
+from services.learner.checkpoint import MANIFEST, write_checkpoint
 from services.learner.evaluation import LawFit
-from services.learner.journal import Journal
 from services.learner.loop import Learner
 from services.learner.measures import StepReport
 from services.learner.progress import Progress
 from services.learner.publisher import Publication
+from services.learner.run_record import RunRecord
 from shared.codec import encode_scored_group
 from shared.config import parse_run
 from shared.errors import CheckpointError
@@ -43,7 +47,7 @@ def learner_of(scene: Scene, folder: Path) -> Learner:
     nobody: Any = NobodyListens()
     engine: Any = SimpleNamespace(snapshot=lambda *, copies: open_taken())
     streams: Any = scene.streams
-    progress = Progress()
+    law, progress = LawFit(config.law), Progress()
 
     async def at_once(work: Callable[[], Any]) -> Any:
         return work()
@@ -57,13 +61,19 @@ def learner_of(scene: Scene, folder: Path) -> Learner:
         inbox=scene.inbox,
         reconciler=scene.make_reconciler(),
         evaluator=scene.evaluator,
-        law=LawFit(config.law),
+        law=law,
         publisher=nobody,
         engine=engine,
         on_engine=at_once,
-        journal=Journal(folder / "metrics.jsonl"),
-        history=Journal(folder / "ledger.jsonl"),
-        gauges=LearnerGauges(),
+        record=RunRecord(
+            config=config,
+            folder=folder,
+            ledger=scene.ledger,
+            inbox=scene.inbox,
+            law=law,
+            gauges=LearnerGauges(),
+            progress=progress,
+        ),
         progress=progress,
     )
 
@@ -126,6 +136,30 @@ async def test_a_disk_that_refuses_does_not_end_the_loop(
         await learner._last_checkpoint()
 
 
+async def test_rows_that_the_disk_refused_are_in_the_checkpoint_and_in_the_resumed_run(
+    tmp_path: Path,
+) -> None:
+    for name in ("metrics", "ledger"):
+        (tmp_path / f"{name}.jsonl").symlink_to("/dev/full")
+    learner = learner_of(Scene(), tmp_path)
+    learner.record.write({"step": 1, "loss": 0.5})
+    learner.record.write_trained(1, [make_scored(0)], policy_version=0)
+    await learner._checkpoint()
+    await learner._settle()
+    for name in ("metrics", "ledger"):
+        (tmp_path / f"{name}.jsonl").unlink()
+    resumed = learner_of(Scene(), tmp_path)
+    engine: Any = SimpleNamespace(load=lambda folder: None, snapshot=lambda *, copies: open_taken())
+    resumed.engine = engine
+    await resumed._begin(resume=True)
+    rows = [json.loads((tmp_path / f"{name}.jsonl").read_text()) for name in ("metrics", "ledger")]
+    assert [row["step"] for row in rows] == [1, 1]
+    assert (rows[0]["loss"], rows[1]["trained"]) == (0.5, [[0, 0, 0]])
+    await resumed._checkpoint()
+    assert resumed.record.kept == {"metrics": [], "ledger": []}
+    await resumed._settle()
+
+
 async def test_while_a_step_is_computed_the_groups_of_the_next_are_read(
     redis_url: str, tmp_path: Path
 ) -> None:
@@ -164,3 +198,52 @@ async def test_a_full_stream_alone_is_no_reason_for_a_checkpoint(tmp_path: Path)
     await scene.arrive(make_scored(0))
     await learner_of(scene, tmp_path)._make_room()
     assert not (tmp_path / "checkpoints").exists()
+
+
+async def test_a_resumed_run_answers_while_it_reads_its_checkpoint(tmp_path: Path) -> None:
+    folder = write_checkpoint(
+        tmp_path / "checkpoints", step=3, state={}, save_engine=lambda engine: None
+    )
+    manifest = (folder / MANIFEST).read_text()
+    (folder / MANIFEST).unlink()
+    os.mkfifo(folder / MANIFEST)  # whoever reads it waits until somebody writes
+    answered = threading.Event()
+
+    def write_when_answered() -> bool:
+        is_answered = answered.wait(PATIENCE_SECONDS)
+        (folder / MANIFEST).write_text(manifest)
+        return is_answered
+
+    learner = learner_of(Scene(scored=MemoryStream(name="s", capacity=2)), tmp_path)
+    writing = asyncio.create_task(asyncio.to_thread(write_when_answered))
+    running = asyncio.create_task(learner.run(resume=True))
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while "reads the checkpoint" not in learner.progress.sentence:
+            await asyncio.sleep(0)
+    learner.progress.is_stopping = True  # or it would miss the rest of a state
+    answered.set()
+    assert await writing
+    await asyncio.wait_for(running, PATIENCE_SECONDS)
+    assert learner.progress.step == 0
+
+
+async def test_a_run_that_went_back_publishes_only_when_lost_evaluations_are_taken_back(
+    tmp_path: Path,
+) -> None:
+    """Or replicas that serve the older version would fill their places with these groups."""
+    scene = Scene()
+    await scene.evaluator.issue(1, policy_version=1)
+    scene.evaluator.load_state_dict({})
+    learner = learner_of(scene, tmp_path)
+    on_prompts: list[int] = []
+
+    class Looks(NobodyListens):
+        async def publish(self, policy_version: int) -> Publication:
+            on_prompts.append(len(await scene.prompts.peek()))
+            return await super().publish(policy_version)
+
+    looks: Any = Looks()
+    learner.publisher = looks
+    await learner._begin(resume=True)
+    assert on_prompts == [0]
+    assert {uid.epoch for uid in await scene.issued()} == {0}

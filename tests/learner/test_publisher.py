@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 from collections.abc import AsyncIterator
 from typing import Literal
 
 import pytest
 
-from services.learner.publisher import CROWD, MAX_FAILURES
+from services.learner.publisher import CROWD
+from services.learner.rounds import MAX_FAILURES
 from services.rollout.replica import State
 from shared.codec import encode_prompt_group
 from shared.errors import StreamError
 from shared.lease import Registry
-from shared.metrics.weights import WEIGHT_SYNC_OPERATIONS, WEIGHT_SYNC_RETRIES
+from shared.metrics.weights import (
+    SYNC_RESULTS,
+    WEIGHT_SYNC_OPERATIONS,
+    WEIGHT_SYNC_PAUSE,
+    WEIGHT_SYNC_RETRIES,
+)
 from shared.redis_stream import Streams
 from tests.factories import make_prompt
-from tests.learner.publishing import SWAP_SECONDS, TIMEOUT_SECONDS, Scene, scene_of
+from tests.learner.publishing import (
+    SWAP_SECONDS,
+    TIMEOUT_SECONDS,
+    Scene,
+    SmallModel,
+    scene_of,
+    until,
+)
+from tests.rollout.simulated import Simulation
 
 both_layouts = pytest.mark.parametrize("layout", ["pairs", "one"])
 without_copy = pytest.mark.parametrize("keeps_copy", [False])
@@ -41,14 +56,21 @@ async def scene(
         yield made
 
 
+def refits(result: str) -> float:
+    """Of all replicas, so far."""
+    return float(WEIGHT_SYNC_OPERATIONS.labels(result=result)._value.get())
+
+
 @both_layouts
 async def test_every_replica_serves_what_the_learner_published(scene: Scene) -> None:
     replicas = [await scene.start("rollout-0"), await scene.start("rollout-1")]
     first = await scene.publisher.publish(0)
     scene.model.train()
+    paused = WEIGHT_SYNC_PAUSE._value.get()
     second = await scene.publisher.publish(1)
     assert (first.served, second.served) == (("rollout-0", "rollout-1"),) * 2
     assert second.pause_seconds >= SWAP_SECONDS
+    assert WEIGHT_SYNC_PAUSE._value.get() - paused <= 2 * second.pause_seconds + 1e-9
     for running in replicas:
         assert running.holds(scene.model)
         assert running.serves(1)
@@ -65,13 +87,14 @@ async def test_without_a_replica_nothing_is_announced(scene: Scene) -> None:
 async def test_a_replica_whose_canary_differs_must_not_serve(scene: Scene) -> None:
     good, bad = await scene.start("rollout-0"), await scene.start("rollout-1")
     bad.engine.damage = True
-    # Both ends count, and here they are one process: the replica first, the learner next.
-    rejected = 1 + WEIGHT_SYNC_OPERATIONS.labels(result="canary")._value.get()
+    # Both ends are this process, and only one of them counts.
+    before = {result: refits(result) for result in SYNC_RESULTS}
     publication = await scene.publisher.publish(0)
     assert (publication.served, publication.failed) == (("rollout-0",), ("rollout-1",))
     assert good.replica.state is State.SERVING
     assert bad.replica.state is State.STALE
-    assert WEIGHT_SYNC_OPERATIONS.labels(result="canary")._value.get() == rejected + 1
+    counted = {result: refits(result) - before[result] for result in SYNC_RESULTS}
+    assert counted == {"ok": 1, "error": 0, "timeout": 0, "canary": 1}
     assert scene.learner.serving == {"rollout-0": 0, "rollout-1": None}
 
 
@@ -157,6 +180,56 @@ async def test_past_its_bound_a_publication_tries_nobody_again(
         (await scene.start("rollout-0")).engine.hang_ups = 1
         publication = await scene.publisher.publish(0)
         assert (publication.retries, publication.failed) == (0, ("rollout-0",))
+
+
+async def test_past_its_bound_a_group_of_all_is_not_formed_again_without_its_culprit(
+    streams: Streams, redis_url: str
+) -> None:
+    async with scene_of(
+        streams, redis_url, layout="one", timeout_seconds=1.0, republish_seconds=1e-9
+    ) as scene:
+        await scene.start("rollout-0")
+        (await scene.start("rollout-1")).engine.fails_to_join = True
+        assert (await scene.publisher.publish(0)).served == ()
+
+
+async def test_a_slow_replica_holds_the_others_up_once_and_is_then_brought_up_by_streams(
+    streams: Streams, redis_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with scene_of(
+        streams, redis_url, model=SmallModel(*[64] * 12), bucket_bytes=1, timeout_seconds=1.0
+    ) as scene:
+        good = await scene.start("good")
+        slow = await scene.start("slow", Simulation(bucket_seconds=0.4))
+        publication = await scene.publisher.publish(0)
+        assert (publication.served, publication.failed) == (("good",), ("slow",))
+        assert publication.retries == 0
+        assert "left slow behind while receiving" in caplog.text
+        assert "slow peer: most others waited for it for 1 s in all" in caplog.text
+        for peer in scene.publisher.fleet.peers:
+            peer.rests_until = 0.0
+        publication = await scene.publisher.publish(1)
+        assert (publication.served, publication.failed) == (("good",), ())
+        async with scene.learner.catching_up():
+            await until(lambda: slow.serves(1) and good.serves(1))
+
+
+async def test_another_round_has_no_more_time_than_is_left_of_the_publication(
+    streams: Streams, redis_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with scene_of(
+        streams,
+        redis_url,
+        model=SmallModel(*[64] * 12),
+        bucket_bytes=1,
+        timeout_seconds=2.0,
+        republish_seconds=1.0,
+    ) as scene:
+        running = await scene.start("rollout-0", Simulation(bucket_seconds=0.4))
+        running.engine.hang_ups = 1
+        publication = await scene.publisher.publish(0)
+        assert (publication.retries, publication.failed) == (1, ("rollout-0",))
+    assert re.search(r"slow peer: not through after [01]\.\d s", caplog.text)
 
 
 async def test_the_phases_of_a_publication_are_told_apart(scene: Scene) -> None:

@@ -203,6 +203,53 @@ async def test_an_evaluation_of_which_all_groups_died_ends_without_a_score(scene
     assert scene.evaluated == []
 
 
+async def test_evaluations_of_a_version_that_a_crash_lost_are_taken_back_wherever_they_are(
+    scene: Scene,
+) -> None:
+    """The run resumes at step 5: what it asked for there goes on, and training groups do."""
+    await scene.evaluator.issue(5, policy_version=5)
+    kept = scene.evaluator.state_dict()
+    await scene.evaluator.issue(10, policy_version=10)
+    places = {"rollouts": (5, 0), "scored": (10, 0)}
+    for entry in await scene.prompts.browse():
+        uid = decode_prompt_group(entry.payload).uid
+        for name, place in places.items():
+            if (uid.epoch, uid.index) == place:
+                lost_or_not = evaluated(uid.index, *MIXED, step=uid.epoch)
+                await scene.prompts.finish(
+                    entry, output=getattr(scene, name), payload=encode_scored_group(lost_or_not)
+                )
+    await scene.rollouts.put(b"what is this", label="a label")
+    await scene.prompts.claim("rollout", count=2, wait_seconds=0.1)
+
+    scene.evaluator.load_state_dict(kept)
+    reconciler = scene.make_reconciler()
+    await reconciler.drop_lost_evaluations(step=5)
+    await reconciler.recover(policy_version=5)
+
+    on_prompts = sorted((await scene.prompts.labels()).values())
+    assert on_prompts == ["eval/5/1/0", *(f"train/0/{index}/0" for index in range(4))]
+    assert set((await scene.rollouts.labels()).values()) == {"eval/5/0/0", "a label"}
+    assert await scene.scored.labels() == {}
+    assert scene.announced == [5]
+
+    await scene.evaluator.issue(10, policy_version=10)
+    for index in range(2):
+        await scored_by_somebody(scene, evaluated(index, *MIXED, step=10))
+    with pytest.raises(WaitedError):
+        await scene.inbox.take_evaluations(while_waiting=give_up)
+    assert [metrics["eval_step"] for metrics in scene.evaluated] == [10.0]
+
+
+async def test_a_look_announces_the_version_again(scene: Scene) -> None:
+    reconciler = scene.make_reconciler(seconds=3600.0)
+    await reconciler.look_if_due(policy_version=3)
+    assert scene.announced == []
+    scene.streams.server_name = "one that has lost it"
+    await reconciler.look_if_due(policy_version=3)
+    assert scene.announced == [3]
+
+
 NUM_STEPS = 4
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from urllib.request import Request, urlopen
 
 import pytest
-from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client import REGISTRY, CollectorRegistry, Gauge, make_wsgi_app
 
 import shared.dead_letters  # noqa: F401  Has its counter at zero once it is imported.
 from services.rollout.engine_load import LoadRecorder
 from services.verifier.sandbox import ScoringPool
 from shared.config.services import VerifierConfig
 from shared.metrics.learner import learner_gauges
+from shared.metrics_server import MetricsServer
 from shared.records import Outcome
 from tests.learner.fakes import run_config
 
@@ -47,3 +49,23 @@ def test_the_engine_s_report_is_exported() -> None:
     assert REGISTRY.get_sample_value("isentrope_rollout_kv_cache_usage_ratio") == 0.5
     assert REGISTRY.get_sample_value("isentrope_rollout_waiting_requests") == 3
     assert REGISTRY.get_sample_value(preempted) == before + 2
+
+
+@pytest.mark.parametrize(
+    "accept",
+    [
+        "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
+        "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,*/*;q=0.1",
+    ],
+    ids=["Prometheus 2", "Prometheus 3"],
+)
+def test_series_keep_their_names_whatever_a_scraper_prefers(accept: str) -> None:
+    registry = CollectorRegistry()
+    Gauge("vllm:num_requests_running", "?", registry=registry)
+    server = MetricsServer("127.0.0.1", 0, metrics=make_wsgi_app(registry))
+    url = f"http://127.0.0.1:{server.port}/metrics"
+    try:
+        with urlopen(Request(url, headers={"Accept": accept}), timeout=30) as answer:
+            assert "\nvllm:num_requests_running 0.0\n" in answer.read().decode()
+    finally:
+        server.close()

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from services.rollout.announced import Announced
 from services.rollout.concurrency import Concurrency
 from services.rollout.keeper import Keeper
 from services.rollout.replica import Replica
@@ -24,7 +25,12 @@ def stream(name: str) -> MemoryStream:
 
 @dataclass
 class Scene:
-    """One replica. Two of them share the streams and the store."""
+    """One replica. Two of them share the streams and the store.
+
+    Attributes:
+        announced: the version that the learner has announced.
+        times_asked: how often the replica has asked for it.
+    """
 
     name: str = "rollout-0"
 
@@ -38,14 +44,23 @@ class Scene:
     max_staleness: int = 9
     max_concurrent_groups: int = 2
     drain_seconds: float = 30.0
+    reclaim_seconds: float = 30.0
+    announced: int | None = None
     store: Partials | None = None
 
     def __post_init__(self) -> None:
+        self.times_asked = 0
         self.partials = self.store or MemoryPartials(self.prompts)
         self.sampler = Sampler(
             name=self.name,
             engine=self.engine,
             replica=self.replica,
+            announced=Announced(
+                self._ask,
+                replica=self.replica,
+                max_staleness=self.max_staleness,
+                patience_seconds=self.reclaim_seconds,
+            ),
             prompts=self.prompts,
             rollouts=self.rollouts,
             dead_letter=self.dead,
@@ -59,6 +74,7 @@ class Scene:
                 max_staleness=self.max_staleness,
             ),
             max_attempts=3,
+            reclaim_seconds=self.reclaim_seconds,
             drain_seconds=self.drain_seconds,
         )
 
@@ -67,12 +83,16 @@ class Scene:
         await self.replica.swapped(version)
         await self.replica.judged(version, is_confirmed=True)
 
+    async def _ask(self) -> int | None:
+        self.times_asked += 1
+        return self.announced
+
     async def results(self) -> list[RolloutGroup]:
         return [decode_rollout_group(payload) for payload in await self.rollouts.peek()]
 
 
 async def until(condition: Callable[[], object]) -> None:
     """Let the loop run until the condition holds."""
-    async with asyncio.timeout(5.0):
+    async with asyncio.timeout(20.0):
         while not condition():
             await asyncio.sleep(0.001)

@@ -85,12 +85,14 @@ class Simulation:
         seconds_per_completion: from asking to the last token.
         tokens_per_completion: at most; fewer where the request allows fewer.
         swap_seconds: how long a swap stands in the way.
+        bucket_seconds: how long its link takes for each bucket of a broadcast.
         vocabulary: sampled token ids are below it.
     """
 
     seconds_per_completion: float = 0.01
     tokens_per_completion: int = 8
     swap_seconds: float = 0.0
+    bucket_seconds: float = 0.0
     vocabulary: int = 16
     fault: Fault | None = None
 
@@ -243,7 +245,8 @@ class SimulatedEngine:
         if self.hang_ups:
             self.hang_ups -= 1
             self.group.close()
-        group = cast(BroadcastGroup, _Watched(self.group, self.strike))
+        seconds = self.simulation.bucket_seconds
+        group = cast(BroadcastGroup, _Watched(self.group, self.strike, bucket_seconds=seconds))
         self._receiving = self._in_thread(
             lambda: receive_weights(group, manifest, bucket_bytes=bucket_bytes)
         )
@@ -295,11 +298,14 @@ class SimulatedEngine:
 
 
 class _Watched:
-    """A broadcast group whose member may be struck after its first bucket."""
+    """A broadcast group whose member may be slow, and may be struck after its first bucket."""
 
-    def __init__(self, group: BroadcastGroup, strike: Callable[[Point], None]) -> None:
+    def __init__(
+        self, group: BroadcastGroup, strike: Callable[[Point], None], *, bucket_seconds: float
+    ) -> None:
         self._group = group
         self._strike = strike
+        self._bucket_seconds = bucket_seconds
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._group, name)
@@ -308,6 +314,7 @@ class _Watched:
         self.finish(self.begin(tensor))
 
     def finish(self, work: Any) -> None:
+        time.sleep(self._bucket_seconds)
         self._group.finish(work)
         self._strike("bucket")
 

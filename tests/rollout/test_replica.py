@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
+import time
 
 import pytest
 
@@ -109,3 +111,43 @@ async def test_a_verdict_on_weights_that_are_not_loaded_is_refused() -> None:
     replica = await serving(1)
     with pytest.raises(ValueError, match="version 7 is not loaded; 1 is"):
         await replica.judged(7, is_confirmed=True)
+
+
+async def test_an_outdated_replica_waits_until_it_hears_otherwise_or_is_refitted() -> None:
+    replica = await serving(1)
+    await replica.heed(is_outdated=True, claims_from=0)
+    waits = [
+        asyncio.create_task(replica.wait_to_claim()),
+        asyncio.create_task(replica.wait_to_serve(min_policy_version=0)),
+    ]
+    await asyncio.sleep(0)
+    assert not any(wait.done() for wait in waits)
+    assert replica.state is State.SERVING
+    await replica.heed(is_outdated=False, claims_from=0)
+    assert await asyncio.wait_for(asyncio.gather(*waits), 1.0) == [True, True]
+    await replica.heed(is_outdated=True, claims_from=0)
+    await replica.swapped(2)
+    await replica.judged(2, is_confirmed=True)
+    assert await asyncio.wait_for(replica.wait_to_claim(), 1.0)
+
+
+async def test_a_replica_that_needs_a_newer_version_claims_nothing_and_serves_what_it_has() -> None:
+    replica = await serving(1)
+    await replica.heed(is_outdated=False, claims_from=2)
+    claiming = asyncio.create_task(replica.wait_to_claim())
+    assert await asyncio.wait_for(replica.wait_to_serve(min_policy_version=1), 1.0)
+    assert not claiming.done()
+    await replica.handle(Event.DRAIN)
+    assert not await asyncio.wait_for(claiming, 1.0)
+
+
+async def test_how_long_a_version_was_served_is_known_afterwards() -> None:
+    replica = await serving(3)
+    assert replica.served_until(4) == -math.inf
+    before = time.monotonic()
+    assert replica.served_until(3) >= before
+    await replica.swapped(4)
+    left = time.monotonic()
+    assert before <= replica.served_until(3) == replica.served_until(0) <= left
+    await replica.judged(4, is_confirmed=True)
+    assert replica.served_until(3) >= left

@@ -81,8 +81,10 @@ async def until(holds: Callable[[], Awaitable[bool]]) -> None:
 
 
 @asynccontextmanager
-async def running(streams: Streams, simulation: Simulation) -> AsyncIterator[Scene]:
-    given = ServiceArguments(parse_run(RUN), Environment.read({}), "r", "rollout-0", resume=False)
+async def running(
+    streams: Streams, simulation: Simulation, *, run: str = RUN
+) -> AsyncIterator[Scene]:
+    given = ServiceArguments(parse_run(run), Environment.read({}), "r", "rollout-0", resume=False)
     engine, replica, stop = SimulatedEngine(simulation), Replica(), asyncio.Event()
     task = asyncio.create_task(
         run_replica(

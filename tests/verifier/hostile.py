@@ -112,6 +112,20 @@ def write_pid(answer: str) -> Verdict:
     return Verdict(1.0, is_pass=True, detail=str(os.getpid()))
 
 
+def tell_variables(answer: str) -> Verdict:
+    """Those of these names that are set."""
+    known = [name for name in answer.split() if name in os.environ]
+    return Verdict(1.0, is_pass=True, detail=" ".join(known))
+
+
+def read_the_verifier(answer: str) -> Verdict:
+    try:
+        Path(f"/proc/{os.getppid()}/environ").read_bytes()
+    except PermissionError:
+        return PASS
+    return Verdict(0.0, is_pass=False, detail="read")
+
+
 def nap(answer: str) -> Verdict:
     time.sleep(float(answer))
     return PASS
@@ -149,6 +163,8 @@ DEEDS: dict[str, Callable[[str], Verdict]] = {
     "scribble": scribble,
     "leave a child": leave_a_child,
     "pid": write_pid,
+    "tell variables": tell_variables,
+    "read the verifier": read_the_verifier,
     "nap": nap,
     "meet": meet_two_others,
     "signal start": signal_start,

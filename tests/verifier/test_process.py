@@ -164,6 +164,23 @@ async def test_a_verifier_serves_the_stream_and_callers_and_ends_in_order(
         assert not any(is_alive(pid) for pid in scorers)
 
 
+async def test_a_verifier_loads_no_torch(verifiers: Verifiers) -> None:
+    # A process of its own: those that the other tests fork have torch from their parent.
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "services.verifier", "--name", "lean"),
+        *("--config", str(verifiers.run_file)),
+    )
+    try:
+        async with opened(verifiers.run_file) as (_, registry):
+            await until_leased(registry, "lean")
+            mapped = Path(f"/proc/{process.pid}/maps").read_text()
+            assert "tokenizers" in mapped
+            assert "libtorch" not in mapped
+    finally:
+        process.kill()
+        await process.wait()
+
+
 async def test_a_scorer_that_stands_still_is_told_in_status_and_health_until_it_goes_on(
     verifiers: Verifiers, model: Path
 ) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import signal
 import subprocess
@@ -56,6 +57,46 @@ async def test_a_verdict_is_an_outcome_with_one_short_line(pool: ScoringPool) ->
     assert "\n" not in score.detail
     assert len(score.detail) <= 300
     await assert_next_works(pool)
+
+
+async def test_a_scorer_sees_no_secret_of_the_verifier(monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = (
+        "REDIS_URL",
+        "HF_TOKEN",
+        "ISENTROPE_TLS",
+        "ISENTROPE_METRICS_TOKEN_FILE",
+        "AN_API_KEY",
+    )
+    needed = ("PATH", "PYTHONPATH", "LC_ALL", "OMP_NUM_THREADS")
+    for name in {*secrets, *needed} - {"PATH"}:
+        monkeypatch.setenv(name, "C" if name == "LC_ALL" else "1")
+    async with make_pool() as pool:
+        score = await pool.score("tell variables", answer=" ".join([*secrets, *needed]))
+        assert score.detail == " ".join(needed)
+
+
+def judge_without_capabilities(deed: str) -> None:
+    """As in a pod, where not even root may look into other processes."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(28, 1)  # PR_SET_SECUREBITS, SECBIT_NOROOT: what root starts has no more than root
+    version_3, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capset(version_3, none) == 0
+
+    async def judge() -> Score:
+        async with make_pool() as pool:
+            return await pool.score(deed, answer="")
+
+    print(asyncio.run(judge()).outcome)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_a_scorer_cannot_read_the_environment_of_the_verifier_from_outside() -> None:
+    deed = judge_without_capabilities.__name__
+    program = f"from {__name__} import {deed}; {deed}('read the verifier')"
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.stdout == f"{Outcome.PASS}\n", ended.stderr
 
 
 @pytest.mark.parametrize("deed", ["loop for ever", "loop in C", "hold the interpreter"])
