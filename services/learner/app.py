@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import logging
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 from protos import learner_pb2_grpc as pb_grpc
@@ -15,12 +16,13 @@ from services.learner.loop import Learner
 from services.learner.outage import Outage
 from services.learner.progress import Progress
 from services.learner.publisher import OnEngine
+from services.learner.ranks import REASSURE_SECONDS
 from services.learner.reader import CONSUMER
 from services.learner.saver import unanswered
 from services.learner.service import SERVICE, LearnerServicer
 from services.learner.watchdog import Watchdog
 from services.learner.wiring import wire_learner
-from shared.errors import CheckpointError
+from shared.errors import CheckpointError, EngineError
 from shared.lease import Registry
 from shared.metrics.learner import LEARNER_ENTROPY_BOUND, watch_steps
 from shared.metrics_server import MetricsServer
@@ -28,6 +30,8 @@ from shared.presence import Presence, connected, present, show_metrics
 from shared.process import ServiceArguments
 from shared.redis_connection import Patience, check_server
 from shared.run_file import keep_run_file
+
+logger = logging.getLogger(__name__)
 
 RETRIES = 3
 """Of redis-py, about a second: the loop itself waits out an outage, and says so meanwhile."""
@@ -61,13 +65,38 @@ async def run_rank(
     engine = await on_engine(lambda: start(config, config.model_path, given.environment))
     try:
         if metrics is not None:
-            await _lead(given, stop, engine, on_engine, metrics)
+            async with reassuring(engine, on_engine, seconds=REASSURE_SECONDS):
+                await _lead(given, stop, engine, on_engine, metrics)
         else:
             await on_engine(engine.follow)
     finally:
         if metrics is not None:
             await on_engine(engine.close)
         thread.shutdown()
+
+
+@asynccontextmanager
+async def reassuring(
+    engine: LearnerEngine, on_engine: OnEngine, *, seconds: float
+) -> AsyncIterator[None]:
+    """Within it the other ranks hear every so often that rank 0 is there, between its calls."""
+
+    async def reassure() -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            try:
+                await on_engine(engine.reassure)
+            except EngineError as error:
+                # The next step ends the run for it.
+                logger.error("%s", error)
+                return
+
+    task = asyncio.create_task(reassure(), name="reassures ranks")
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
 
 
 async def _lead(

@@ -201,11 +201,21 @@ class LearnerEngine:
             Opcode.LOAD: lambda command: self._load(
                 Path(command.payload.decode()), is_reshaped=bool(command.first)
             ),
+            Opcode.WAIT: lambda command: None,
         }
         with self._failures():
             while (command := self._ranks.receive()).opcode is not Opcode.CLOSE:
                 handlers[command.opcode](command)
         self._leave()
+
+    def reassure(self) -> None:
+        """Tell the other ranks that this one is there, which only waits.
+
+        Raises:
+            EngineError: another rank is gone.
+        """
+        with self._failures():
+            self._ranks.send(Command(Opcode.WAIT))
 
     def close(self) -> None:
         """Release the other ranks and leave the process group; twice is once."""

@@ -26,9 +26,12 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """Bounds a collective inside a command, where every rank is known to be at work; and what rank 0
 gives, for which the others wait."""
 
-COMMAND_TIMEOUT = timedelta(days=7)
-"""Bounds the wait for rank 0's next command, which may wait for data. A rank 0 that dies closes
-its sockets, and the wait ends at once."""
+COMMAND_TIMEOUT = timedelta(hours=1)
+"""Bounds the wait for rank 0's next command. A rank 0 that dies closes its sockets, and the wait
+ends at once; one whose host is lost is only not heard of."""
+
+REASSURE_SECONDS = 60.0
+"""A rank 0 that waits itself, for data perhaps, says so this often."""
 
 
 class Opcode(IntEnum):
@@ -40,6 +43,7 @@ class Opcode(IntEnum):
     SNAPSHOT = 4
     LOAD = 5
     CLOSE = 6
+    WAIT = 7
 
 
 class Command(NamedTuple):

@@ -1003,6 +1003,7 @@ def _train(engine: LearnerEngine, folder: Path) -> None:
         """Nobody writes it; the other rank does not wait for that."""
     save(engine, folder / "checkpoint")
     engine.export(folder / "export-of-checkpoint")
+    engine.reassure()
     report = engine.train(PAIR_BATCHES[1], step=1, policy_version=1)
     # A publication that is given up on must not leave the other rank behind.
     next(engine.weights())
