@@ -42,5 +42,6 @@ pip_install --no-deps --upgrade --target "$venv/lora" -r deploy/requirements/lor
 say "4/4 isentrope itself"
 pip_install --no-deps 'setuptools==78.1.1'
 pip_install --no-deps --no-build-isolation --editable .
+say "    byte-compiling"
 compile_all "$venv"/lib/python*/site-packages "$venv/lora"
 touch "$venv/.ready"
