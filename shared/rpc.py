@@ -197,7 +197,8 @@ class _Measured(grpc.aio.ServerInterceptor):
             finally:
                 # gRPC sets a code of its own only after this.
                 code = context.code() or unless_set
-                RPC_HANDLED.labels(method=method, code=code.name).inc()
+                name = getattr(code, "name", str(code))  # a handler may set a plain number
+                RPC_HANDLED.labels(method=method, code=name).inc()
                 RPC_SECONDS.labels(method=method).observe(time.monotonic() - started)
 
         return grpc.unary_unary_rpc_method_handler(

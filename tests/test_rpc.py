@@ -35,13 +35,20 @@ async def refuses(request: bytes, context: Any) -> bytes:
     raise AssertionError("abort raises")
 
 
+async def sets_a_number(request: bytes, context: Any) -> bytes:
+    context.set_code(Code.NOT_FOUND.value[0])
+    context.set_details("on purpose")
+    return b""
+
+
 async def hangs(request: bytes, context: Any) -> bytes:
     await asyncio.Event().wait()
     raise AssertionError("nobody sets it")
 
 
 METHODS: dict[str, Handler] = {
-    handler.__name__: handler for handler in (answers, talks_nonsense, breaks, refuses, hangs)
+    handler.__name__: handler
+    for handler in (answers, talks_nonsense, breaks, refuses, sets_a_number, hangs)
 }
 
 
@@ -113,3 +120,9 @@ async def test_an_answer_that_is_no_message_is_the_peer_s_error(channel: grpc.ai
     with pytest.raises(PeerError, match="it: the answer is no message") as error:
         await ask(channel, "talks_nonsense")
     assert error.value.status == "INTERNAL"
+
+
+async def test_a_code_that_is_a_plain_number_reaches_the_caller(channel: grpc.aio.Channel) -> None:
+    with pytest.raises(PeerError, match="on purpose") as error:
+        await ask(channel, "sets_a_number")
+    assert error.value.status == "NOT_FOUND"

@@ -15,7 +15,8 @@ from pathlib import Path
 from services.cli.checkpoints import KeptCheckpoint, best_of, checkpoints_text, kept_checkpoints
 from services.cli.measurements import read_rows
 from services.cli.run_folder import RunFolder
-from shared.errors import ConfigError, StartError
+from shared.errors import ConfigError
+from shared.new_folder import check_free, new_folder
 
 BEST = "best"
 LAST = "last"
@@ -41,17 +42,9 @@ def export_model(folder: RunFolder, destination: Path) -> Path:
             f" (isentrope up FILE --resume), or take a checkpoint's: --checkpoint {BEST}, {LAST}"
             " or a name that `isentrope status` shows"
         )
-    _check_free(destination)
-    temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
-    try:
-        shutil.copytree(folder.model, temporary)
-        temporary.rename(destination)
-    except OSError as error:
-        raise StartError(
-            f"{destination}: not written ({error}); make room or choose another place"
-        ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    check_free(destination)
+    with new_folder(destination) as written:
+        shutil.copytree(folder.model, written, dirs_exist_ok=True)
     return destination
 
 
@@ -64,7 +57,7 @@ def export_checkpoint(folder: RunFolder, destination: Path, wanted: str) -> int:
         ConfigError: there is no such checkpoint, or the destination exists.
     """
     chosen = _choose(folder, wanted)
-    _check_free(destination)
+    check_free(destination)
     command = [sys.executable, "-m", "services.learner.export", "--exit-with-parent"]
     command += ["--config", str(folder.run_file), "--to", str(destination)]
     command += ["--checkpoint", str(folder.checkpoints / chosen.name)]
@@ -95,8 +88,3 @@ def _choose(folder: RunFolder, wanted: str) -> KeptCheckpoint:
             f" {checkpoints_text(folder, rows)}"
         )
     return chosen
-
-
-def _check_free(destination: Path) -> None:
-    if destination.exists():
-        raise ConfigError(f"{destination}: exists; give a folder that does not exist yet")

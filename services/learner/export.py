@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +23,7 @@ from services.learner.checkpoint import ENGINE, read_checkpoint
 from services.learner.parts import read_layout
 from shared.config import RunConfig, load_run
 from shared.errors import CheckpointError, ConfigError, IsentropeError, StartError
+from shared.new_folder import check_free, new_folder
 from shared.process import end_with_parent
 
 if TYPE_CHECKING:
@@ -51,8 +49,7 @@ def export_checkpoint(
         CheckpointError: the checkpoint is damaged, or was deleted meanwhile.
         StartError: the model that the run started from is not there, or there is no room.
     """
-    if destination.exists():
-        raise ConfigError(f"{destination}: exists; give a folder that does not exist yet")
+    check_free(destination)
     try:
         zero_stage = _check(checkpoint, report)
         policy = _load(config, checkpoint, zero_stage, report)
@@ -65,7 +62,7 @@ def export_checkpoint(
             " checkpoint.keep"
         ) from None
     report(f"writes {destination}")
-    with _whole(destination) as folder:
+    with new_folder(destination) as folder:
         _write(policy, config.model_path, folder)
 
 
@@ -119,39 +116,19 @@ def _load(
 
 
 def _write(policy: Policy, source: str, folder: Path) -> None:
+    """Raises OSError if the disk refused."""
+    from safetensors import SafetensorError
+
     from services.learner.policy import export_policy
     from services.learner.policy_weights import PolicyWeights
 
     weights = PolicyWeights(policy)
-    export_policy(
-        policy,
-        {each.name: weights.value(each) for each in weights.published()},
-        source,
-        folder,
-        adapters={each.name: weights.value(each) for each in weights.adapters()},
-    )
-
-
-@contextmanager
-def _whole(destination: Path) -> Iterator[Path]:
-    """A folder to write to, which is the destination in the end, or is gone.
-
-    Raises:
-        StartError: the disk refused.
-    """
-    from safetensors import SafetensorError
-
-    temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
+    published = {each.name: weights.value(each) for each in weights.published()}
+    adapters = {each.name: weights.value(each) for each in weights.adapters()}
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.rename(destination)
-    except (OSError, SafetensorError) as error:
-        raise StartError(
-            f"{destination}: not written ({error}); make room or choose another place"
-        ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        export_policy(policy, published, source, folder, adapters=adapters)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

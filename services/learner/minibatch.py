@@ -170,10 +170,7 @@ class Minibatches:
             mine = self._objective.choose(spread.logprob, spread.entropy, inputs)
         else:
             mine = self._objective.choose(inputs.proximal_logprobs, inputs.proximal_entropy, inputs)
-        seen = _seen(spread, mine)
-        state.table.put(
-            micro_batch, {name: values[micro_batch.mask] for name, values in seen.items()}
-        )
+        state.table.put(micro_batch, _seen(statistics, mine, micro_batch.mask))
         return self._objective.loss(
             spread, inputs, mine, totals=totals, coefficient=self._coefficient.at(state.number)
         )
@@ -193,15 +190,19 @@ def _spread(micro_batch: MicroBatch, statistics: TokenStatistics) -> TokenStatis
     )
 
 
-def _seen(statistics: TokenStatistics, choice: Choice) -> dict[str, Tensor]:
-    """What a step's table holds of the weights that each token's gradient was taken at."""
+def _seen(statistics: TokenStatistics, choice: Choice, mask: Tensor) -> dict[str, Tensor]:
+    """What a step's table holds of the weights that each token's gradient was taken at, [N] each.
+
+    Args:
+        choice: [S, C], as mask.
+    """
     every = {
         "target": statistics.logprob,
         "entropy": statistics.entropy,
         "clamped_entropy": statistics.clamped_entropy,
         "removed_mass": statistics.removed_mass,
-        "selected": choice.selected,
-        "kept": choice.kept,
+        "selected": None if choice.selected is None else choice.selected[mask],
+        "kept": None if choice.kept is None else choice.kept[mask],
     }
     return {name: values for name, values in every.items() if values is not None}
 
