@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from services.cli.measurements import Row, number
 from services.cli.run_folder import RunFolder
-
-_FOLDER = re.compile(r"step-(\d+)(?:-(\d+))?")
+from shared.checkpoint_names import PATTERN, place_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +28,11 @@ class KeptCheckpoint:
 def kept_checkpoints(folder: RunFolder, rows: Sequence[Row]) -> list[KeptCheckpoint]:
     """Oldest first."""
     scores = _scores(rows)
-    names = [path.name for path in folder.checkpoints.glob("step-*")]
+    names = [path.name for path in folder.checkpoints.glob(PATTERN)]
     found = [
-        KeptCheckpoint(name, int(match[1]), int(match[2] or 1), scores.get(int(match[1])))
+        KeptCheckpoint(name, *place, scores.get(place[0]))
         for name in names
-        if (match := _FOLDER.fullmatch(name))
+        if (place := place_of(name))
     ]
     return sorted(found, key=lambda each: (each.step, each.number))
 

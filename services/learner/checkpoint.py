@@ -14,7 +14,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import shutil
 import zlib
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shared.checkpoint_names import PATTERN, checkpoint_name, place_of
 from shared.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 STATE = "state.json"
 ENGINE = "engine"
-_NAME = re.compile(r"step-(\d+)(?:-(\d+))?")
 _CHUNK_BYTES = 2**20
 
 Fingerprint = tuple[int, int]
@@ -167,15 +166,15 @@ def prune_checkpoints(
 
 def _folders(root: Path) -> list[Path]:
     """Those under `root`, oldest first; what somebody named otherwise is none."""
-    found = root.glob("step-*") if root.is_dir() else ()
-    return sorted((each for each in found if _NAME.fullmatch(each.name)), key=_place)
+    found = root.glob(PATTERN) if root.is_dir() else ()
+    return sorted((each for each in found if place_of(each.name)), key=_place)
 
 
 def _place(folder: Path) -> tuple[int, int]:
     """The step, and which of the step's folders it is."""
-    match = _NAME.fullmatch(folder.name)
-    assert match is not None, "one of `_folders`"
-    return int(match[1]), int(match[2] or 1)
+    place = place_of(folder.name)
+    assert place is not None, "one of `_folders`"
+    return place
 
 
 def _hidden(folder: Path) -> Path:
@@ -187,8 +186,7 @@ def _free_name(root: Path, step: int) -> Path:
     """A second checkpoint of one step stands beside the first until it is there: replacing it
     would leave a moment with neither."""
     numbers = [number for of, number in map(_place, _folders(root)) if of == step]
-    name = f"step-{step:06d}"
-    return root / (f"{name}-{max(numbers) + 1:03d}" if numbers else name)
+    return root / checkpoint_name(step, max(numbers, default=0) + 1)
 
 
 def _check(is_right: bool, name: str) -> None:

@@ -28,7 +28,7 @@ gives, for which the others wait."""
 
 COMMAND_TIMEOUT = timedelta(hours=1)
 """Bounds the wait for rank 0's next command. A rank 0 that dies closes its sockets, and the wait
-ends at once; one whose host is lost is only not heard of."""
+ends at once; where its host is lost nothing closes them, and this ends it."""
 
 REASSURE_SECONDS = 60.0
 """A rank 0 that waits itself, for data perhaps, says so this often."""
