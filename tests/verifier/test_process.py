@@ -234,14 +234,15 @@ async def test_what_a_killed_verifier_had_claimed_is_scored_by_another(
     first = verifiers.start("first")
     async with opened(verifiers.run_file) as (streams, registry):
         await until_leased(registry, "first")
-        first.signal(signal.SIGSTOP)
+        (scorer,) = children(first.pid)
+        os.kill(scorer, signal.SIGSTOP)  # so that the verifier holds what it claims
         group = make_group(Tokenizer(str(model)))
         await streams.rollouts.put(encode_rollout_group(group))
 
         async def is_claimed() -> bool:
             return (await streams.rollouts.depth()).pending == 1
 
-        await until(is_claimed)  # by the read that Redis still holds for the stopped process
+        await until(is_claimed)
         first.signal(signal.SIGKILL)
         verifiers.start("second")
 
