@@ -291,6 +291,11 @@ class LearnerConfig(Section):
     its logits, for slower products; let vLLM sample in the same way, by `"head_dtype": "float32"`
     in the model's config.json. A float32 model has it in any case."""
 
+    head_work: Literal["auto", "in_place", "compiled"] = "auto"
+    """How the output embedding's logits become log-probs, entropies and gradients: by kernels that
+    torch compiles when the learner starts, for which it needs a C++ compiler, or in place. `auto`
+    compiles on a GPU, where it spares passes over memory; a CPU's cache spares them as well."""
+
     threads: Count = 1
     """CPU threads of one rank."""
 

@@ -76,6 +76,7 @@ def fused_logprob_entropy(
     chunk: int,
     with_mean_pull: bool = False,
     product_dtype: torch.dtype | None = None,
+    is_compiled: bool | None = None,
 ) -> TokenStatistics:
     """Log-probability of the targets and entropies, without ever holding the [T, V] logits.
 
@@ -94,6 +95,7 @@ def fused_logprob_entropy(
         with_mean_pull: for the diagnostics of a step.
         product_dtype: of the products with head_weight, that of hidden if None; everything after
             them is float32 or wider.
+        is_compiled: by kernels that torch compiles; None, everywhere but on a CPU.
     Raises:
         ValueError: the shapes disagree, or a number is out of range.
     """
@@ -108,6 +110,7 @@ def fused_logprob_entropy(
         chunk=chunk,
         with_mean_pull=with_mean_pull,
         product=product_dtype or hidden.dtype,
+        is_compiled=hidden.device.type != "cpu" if is_compiled is None else is_compiled,
     )
     logprob, entropy, clamped, removed_mass, mean_pull = head_statistics(
         hidden, head_weight, targets, options

@@ -1,9 +1,10 @@
 """The output embedding and the statistics of its logits in one, forward and backward.
 
-Logits exist for one chunk of tokens at a time, [C, V]. The backward pass computes them again,
-tile by tile, [C, B], except those of the last chunk, which are still there; beside them a handful
-of numbers a token is kept. A tile is the same product in both passes, so that its logits have the
-same bits, and the clamp keeps the same tokens.
+Logits exist tile by tile, [C, B], and are summed as they come. Those of a whole chunk of tokens,
+[C, V], exist for two reasons: a clamp must have seen all of a token's logits to know which it
+removes; and the last chunk's are there still when the backward pass begins, which computes the
+others again. Beside them a handful of numbers a token is kept. A tile is the same product in both
+passes, so that its logits have the same bits, and the clamp keeps the same tokens.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from shared.rl.head_gradient import HeadRows, head_gradients
 from shared.rl.head_product import HeadOptions, HeadProduct
-from shared.rl.smallest import SAMPLE_STRIDE
-from shared.rl.softmax_sums import LogitRows, RowSums, row_sums
+from shared.rl.smallest import no_cut
+from shared.rl.softmax_sums import LogitRows, RunningSums, removed_sums
+from shared.rl.tile_work import TileWork
 
 
 class HeadStatistics(NamedTuple):
@@ -36,7 +38,8 @@ def head_statistics(
     """From hidden [T, D], weight [V, D] and targets [T]; the first three have gradients to both."""
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return HeadStatistics(*_FusedHead.apply(hidden, weight, targets, options))  # type: ignore[no-untyped-call]
-    return _forward(HeadProduct(hidden, weight, options), targets, options)[0]
+    product = HeadProduct(hidden, weight, options)
+    return _forward(product, targets, options, keeps_last=False)[0]
 
 
 class _FusedHead(torch.autograd.Function):
@@ -44,7 +47,8 @@ class _FusedHead(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, options: HeadOptions
     ) -> HeadStatistics:
-        statistics, rows, logits = _forward(HeadProduct(hidden, weight, options), targets, options)
+        product = HeadProduct(hidden, weight, options)
+        statistics, rows, logits = _forward(product, targets, options, keeps_last=True)
         ctx.options = options
         ctx.save_for_backward(hidden, weight, targets, logits, *rows)
         ctx.mark_non_differentiable(statistics.removed_mass, statistics.mean_pull)
@@ -69,21 +73,16 @@ class _FusedHead(torch.autograd.Function):
 
 
 def _forward(
-    product: HeadProduct, targets: Tensor, options: HeadOptions
-) -> tuple[HeadStatistics, HeadRows, Tensor]:
-    """Also what the backward pass must know, and the logits of the last chunk."""
-    logits, scratch = product.new_logits(), product.scratch()
+    product: HeadProduct, targets: Tensor, options: HeadOptions, *, keeps_last: bool
+) -> tuple[HeadStatistics, HeadRows, Tensor | None]:
+    """Also what the backward pass must know, and if it `keeps_last` the last chunk's logits."""
+    matrix = product.new_logits() if keeps_last or options.num_removed else None
+    work = product.work()
     parts = []
-    for chunk in product.chunks:
-        rows = _fill(product, chunk, logits[: chunk.stop - chunk.start])
-        sums, part = row_sums(
-            rows,
-            num_removed=options.num_removed or 0,
-            with_squares=options.with_mean_pull,
-            scratch=scratch,
-        )
-        centred = rows.values.gather(-1, targets[chunk].unsqueeze(-1)).double() - rows.peak
-        parts.append((*_moments(sums, centred), rows.peak, *part))
+    for place, chunk in enumerate(product.chunks, start=1):
+        is_last = place == len(product.chunks)
+        logits = matrix if options.num_removed or is_last else None
+        parts.append(_of_chunk(product, chunk, targets[chunk], options, logits, work))
     joined = [torch.cat(each) for each in zip(*parts, strict=True)]
     logprob, log_total, entropy, log_kept, clamped, removed_mass, pull, peak, *cut = joined
     if options.num_removed is None:
@@ -92,34 +91,50 @@ def _forward(
         pull = pull[:0]
     asked = (logprob, entropy, clamped, removed_mass, pull)
     statistics = HeadStatistics(*(each.squeeze(-1).to(product.wide) for each in asked))
-    return statistics, HeadRows(peak, log_total, entropy, log_kept, clamped, *cut), logits
+    rows = HeadRows(peak, log_total, entropy, log_kept, clamped, *cut)
+    return statistics, rows, matrix if keeps_last else None
 
 
-def _fill(product: HeadProduct, chunk: slice, logits: Tensor) -> LogitRows:
-    """Write the logits of a chunk."""
-    vocabulary = len(product.weight)
-    peak = logits.new_full((len(logits), 1), -torch.inf)
-    sample = logits.new_empty(len(logits), -(-vocabulary // SAMPLE_STRIDE))
+def _of_chunk(
+    product: HeadProduct,
+    chunk: slice,
+    targets: Tensor,
+    options: HeadOptions,
+    matrix: Tensor | None,
+    work: TileWork,
+) -> tuple[Tensor, ...]:
+    """`_moments`, peak and cut of its tokens; their logits are written to `matrix`, if any."""
+    num_rows = chunk.stop - chunk.start
+    logits = None if matrix is None else matrix[:num_rows]
+    sums = RunningSums(product.column(num_rows), with_squares=options.with_mean_pull)
+    target = product.column(num_rows)
     for block in product.blocks:
-        tile = product.write(logits[:, block], chunk, product.block_weight(block))
-        peak = torch.maximum(peak, tile.amax(-1, keepdim=True))
-        part = tile[:, ::SAMPLE_STRIDE]
-        first = block.start // SAMPLE_STRIDE
-        sample[:, first : first + part.shape[1]] = part
-    return LogitRows(logits, vocabulary, peak, sample, product.blocks)
+        width = block.stop - block.start
+        out = work.room("x", num_rows, width) if logits is None else logits[:, block]
+        tile = product.write(out, chunk, product.block_weight(block))
+        column = targets.unsqueeze(-1) - block.start
+        is_here = (column >= 0) & (column < width)
+        target = torch.where(is_here, tile.gather(-1, column.clamp(0, width - 1)), target)
+        sums.add(tile, work)
+    removed, cut = sums.total.new_zeros(2, num_rows, 1), no_cut(sums.peak)
+    if options.num_removed and logits is not None:
+        rows = LogitRows(logits, len(product.weight), sums.peak, product.blocks)
+        removed, cut = removed_sums(rows, options.num_removed, work)
+    return *_moments(sums, removed, target.double() - sums.peak), sums.peak, *cut
 
 
-def _moments(sums: RowSums, centred: Tensor) -> tuple[Tensor, ...]:
+def _moments(sums: RunningSums, removed: Tensor, centred: Tensor) -> tuple[Tensor, ...]:
     """(logprob, log_total, entropy, log_kept, clamped entropy, removed mass, mean pull).
 
-    `centred` is the target's logit less the highest.
+    `removed` are the sums over what the clamp removes; `centred` is the target's logit less the
+    highest.
     """
     log_total = sums.total.log()
     entropy = log_total - sums.centred / sums.total
-    kept = sums.total - sums.removed
+    kept = sums.total - removed[0]
     log_kept = kept.log()
-    clamped = log_kept - (sums.centred - sums.removed_centred) / kept
+    clamped = log_kept - (sums.centred - removed[1]) / kept
     # p^2 (log p + H) = (e^2x x + e^2x (H - log_total)) / total^2
     pull = (sums.centred_squares + sums.squares * (entropy - log_total)) / sums.total**2
-    removed_mass = sums.removed / sums.total
+    removed_mass = removed[0] / sums.total
     return centred - log_total, log_total, entropy, log_kept, clamped, removed_mass, pull

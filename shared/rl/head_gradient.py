@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shared.rl.head_product import HeadProduct
-from shared.rl.softmax_sums import Scratch, exponentials
+from shared.rl.tile_work import TileSlopes, TileWork
 
 
 class HeadRows(NamedTuple):
@@ -111,12 +111,12 @@ def head_gradients(
     hidden, wide = product.hidden, product.wide
     grad_hidden = torch.empty_like(hidden, dtype=wide) if needs_grad[0] else None
     grad_weight = torch.empty_like(product.weight) if needs_grad[1] else None
-    scratch = product.scratch()
+    work = product.work()
     for block in product.blocks:
         block_weight = product.block_weight(block)
         total = _total(grad_weight, block, wide)
         for chunk in chunks:
-            tile = _tile_gradient(product, block, block_weight, chunk, scratch)
+            tile = _tile_gradient(product, block, block_weight, chunk, work)
             if grad_hidden is not None:
                 part = grad_hidden[chunk.tokens]
                 _accumulate(part, tile, block_weight, is_first=block.start == 0)
@@ -164,36 +164,34 @@ def _accumulate(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -
 
 
 def _tile_gradient(
-    product: HeadProduct, block: slice, block_weight: Tensor, chunk: _Chunk, scratch: Scratch
+    product: HeadProduct, block: slice, block_weight: Tensor, chunk: _Chunk, work: TileWork
 ) -> Tensor:
     """Of a tile of products."""
     if chunk.logits is None:
-        out = scratch("x", len(chunk.targets), len(block_weight))
-        logits = product.write(out, chunk.tokens, block_weight)
+        room = work.room("x", len(chunk.targets), len(block_weight))
+        logits = product.write(room, chunk.tokens, block_weight)
     else:
         logits = chunk.logits[:, block]
     offset, bend, kept, one_hot = chunk.slopes
-    mask = None if kept is None else _kept(logits, block, chunk, scratch)
-    x, exps = exponentials(logits, chunk.rows.peak, scratch)
-    if kept is not None and mask is not None:
-        line = torch.mul(x, kept[:, :1], out=scratch("line", *x.shape)).add_(kept[:, 1:])
-        mask.mul_(line)
-    factor = offset if bend is None else x.mul_(bend).add_(offset)
-    exps.mul_(factor if mask is None else mask.add_(factor))
+    slopes = TileSlopes(offset, bend, None, None, None)
+    if kept is not None:
+        mask = _kept(logits, block, chunk, work)
+        slopes = TileSlopes(offset, bend, mask, kept[:, :1], kept[:, 1:])
+    gradient = work.gradient(logits, chunk.rows.peak, slopes)
     if one_hot is not None:
         column = chunk.targets - block.start
         is_here = (column >= 0) & (column < len(block_weight))
-        exps.scatter_add_(-1, column.clamp(0, len(block_weight) - 1), one_hot * is_here)
-    return exps
+        gradient.scatter_add_(-1, column.clamp(0, len(block_weight) - 1), one_hot * is_here)
+    return gradient
 
 
-def _kept(logits: Tensor, block: slice, chunk: _Chunk, scratch: Scratch) -> Tensor:
+def _kept(logits: Tensor, block: slice, chunk: _Chunk, work: TileWork) -> Tensor:
     """1 where the clamp keeps the token, 0 elsewhere."""
     value, column = chunk.rows.cut_value, chunk.rows.cut_column
-    kept = torch.ge(logits, value, out=scratch("mask", *logits.shape))
+    kept = torch.ge(logits, value, out=work.room("mask", *logits.shape))
     if chunk.has_ties:
         columns = torch.arange(block.start, block.stop, device=logits.device).to(logits.dtype)
-        tied = torch.eq(logits, value, out=scratch("line", *logits.shape))
-        is_removed = torch.le(columns, column.to(logits.dtype), out=scratch("exp", *logits.shape))
+        tied = torch.eq(logits, value, out=work.room("line", *logits.shape))
+        is_removed = torch.le(columns, column.to(logits.dtype), out=work.room("exp", *logits.shape))
         kept.sub_(tied.mul_(is_removed))
     return kept

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shared.rl.softmax_sums import Scratch, padded, tiles
+from shared.rl.softmax_sums import padded, tiles
+from shared.rl.tile_work import CompiledWork, InPlaceWork, TileWork
 
 
 class HeadOptions(NamedTuple):
@@ -21,6 +22,7 @@ class HeadOptions(NamedTuple):
     chunk: int
     with_mean_pull: bool
     product: torch.dtype
+    is_compiled: bool
 
 
 class HeadProduct:
@@ -31,6 +33,7 @@ class HeadProduct:
         self.weight = weight.detach()
         self.wide = torch.promote_types(options.product, torch.float32)
         self.temperature = options.temperature
+        self._is_compiled = options.is_compiled
         self._chunk = max(1, min(options.chunk, len(hidden)))
         self.chunks = _token_slices(len(hidden), self._chunk)
         self.blocks = tiles(self._chunk, len(weight), hidden.device)
@@ -55,10 +58,16 @@ class HeadProduct:
         logits[:, vocabulary:] = torch.inf
         return logits
 
-    def scratch(self) -> Scratch:
-        """For tiles."""
-        size = self._chunk * padded(self.blocks[0].stop)
-        return Scratch(self.hidden.new_empty(0, dtype=self.wide), size)
+    def column(self, num_rows: int) -> Tensor:
+        """A number a row, of the logits' type."""
+        return self.hidden.new_zeros(num_rows, 1, dtype=self.wide)
+
+    def work(self) -> TileWork:
+        """For its tiles."""
+        like = self.hidden.new_empty(0, dtype=self.wide)
+        if self._is_compiled:
+            return CompiledWork(like)
+        return InPlaceWork(like, self._chunk * padded(self.blocks[0].stop))
 
 
 def _token_slices(num_tokens: int, chunk: int) -> list[slice]:

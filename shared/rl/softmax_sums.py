@@ -5,14 +5,14 @@
 and the same over the tokens that a clamp removes. Entropies, removed mass and second moments
 follow without a difference of large numbers: no e^x x is above 0.
 
-The matrix is read in tiles that a processor's cache holds. Within a tile sums have the type of
-the logits, from tile to tile they are in float64. Masks are numbers, 0 or 1, because torch is
-several times as slow with truth values.
+Logits come in tiles that a processor's cache holds, and are summed while they are there; which of
+them a clamp removes is known only when all have come. Within a tile sums have the type of the
+logits, from tile to tile they are in float64. Masks are numbers, 0 or 1, because torch is several
+times as slow with truth values.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from shared.rl.smallest import (
     CELL,
+    SAMPLE_STRIDE,
     Band,
     BandCounts,
     Cut,
@@ -30,14 +31,11 @@ from shared.rl.smallest import (
     no_cut,
     sampled_band,
 )
-
-FLOOR = -1e4
-"""A logit so far below the highest has probability 0 in every number type, and is finite."""
+from shared.rl.tile_work import FLOOR, TileWork
 
 LONG_ROW = 16_384
 """From so many tokens on, a sample of the row spares more than it costs."""
 
-_LOG2_E = 1 / math.log(2)
 _TILE_SIZE = 2**26
 _TILE_SIZE_ON_CPU = 2**19
 _SIZE_AT_ONCE = 2**20
@@ -47,41 +45,13 @@ _ROWS_AT_ONCE = 64
 class LogitRows(NamedTuple):
     """Logits [T, C] of `vocabulary` tokens; C is a multiple of CELL, with inf after the last.
 
-    `peak` [T, 1] is the highest of each row, `sample` one column in SAMPLE_STRIDE, and `blocks`
-    are the columns of the tiles.
+    `peak` [T, 1] is the highest of each row, and `blocks` are the columns of the tiles.
     """
 
     values: Tensor
     vocabulary: int
     peak: Tensor
-    sample: Tensor
     blocks: list[slice]
-
-
-class RowSums(NamedTuple):
-    """Of each row, [T, 1] in float64; those with e^2x are 0 unless they were asked for."""
-
-    total: Tensor
-    centred: Tensor
-    squares: Tensor
-    centred_squares: Tensor
-    removed: Tensor
-    removed_centred: Tensor
-
-
-class Scratch:
-    """Matrices that are written over again and again, so that they stay in the cache."""
-
-    def __init__(self, like: Tensor, size: int) -> None:
-        """Of the type and place of `like`, with at most `size` entries."""
-        self._like, self._size = like, size
-        self._buffers: dict[str, Tensor] = {}
-
-    def __call__(self, name: str, rows: int, columns: int) -> Tensor:
-        """The matrix of this name, [rows, columns]; what is in it is of no use."""
-        if name not in self._buffers:
-            self._buffers[name] = self._like.new_empty(self._size)
-        return self._buffers[name][: rows * columns].view(rows, columns)
 
 
 def tiles(num_rows: int, vocabulary: int, device: torch.device) -> list[slice]:
@@ -96,37 +66,62 @@ def padded(columns: int) -> int:
     return -(-columns // CELL) * CELL
 
 
-def exponentials(logits: Tensor, peak: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
-    """(x, e^x) of a tile; `logits` may be the scratch "x" itself."""
-    x = torch.sub(logits, peak, out=scratch("x", *logits.shape)).clamp_(min=FLOOR)
-    # On a CPU torch's exp2 takes a third of the time of its exp.
-    return x, torch.mul(x, _LOG2_E, out=scratch("exp", *logits.shape)).exp2_()
+class RunningSums:
+    """Over the tiles of some rows, which come one after another.
+
+    All sums are relative to the highest logit so far, and follow it when a higher one comes.
+
+    Attributes:
+        peak: [T, 1], the highest logit of each row.
+        total, centred: [T, 1] float64.
+        squares, centred_squares: sums of e^2x and e^2x x, 0 unless they were asked for.
+    """
+
+    def __init__(self, column: Tensor, *, with_squares: bool) -> None:
+        """No tile has come, of rows for which there is a column [T, 1] of the logits' type."""
+        # Not -inf, from which a tile of nothing else has no distance.
+        self.peak = torch.full_like(column, torch.finfo(column.dtype).min)
+        sums = column.new_zeros(4, *column.shape, dtype=torch.float64)
+        self._first, self._second = sums[:2], sums[2:]
+        self.total, self.centred, self.squares, self.centred_squares = sums
+        self._with_squares = with_squares
+
+    def add(self, tile: Tensor, work: TileWork) -> None:
+        """Logits [T, B]."""
+        peak = torch.maximum(self.peak, tile.amax(-1, keepdim=True))
+        shift = (self.peak - peak).double().clamp_(min=FLOOR)
+        self.peak = peak
+        _shift(self._first, shift, shift.exp())
+        if self._with_squares:
+            _shift(self._second, shift, (2 * shift).exp())
+        sums = work.sums(tile, peak, with_squares=self._with_squares)
+        for mine, part in zip((*self._first, *self._second), sums, strict=False):
+            mine += part
 
 
-def row_sums(
-    rows: LogitRows, *, num_removed: int, with_squares: bool, scratch: Scratch
-) -> tuple[RowSums, Cut]:
-    """The sums over all tokens and over the `num_removed` smallest, and where these end."""
-    sums = rows.peak.new_zeros(6, *rows.peak.shape, dtype=torch.float64)
-    band = counts = None
-    if num_removed and rows.vocabulary >= LONG_ROW and len(rows.values) > 0:
-        band = _band(rows, num_removed, scratch)
+def removed_sums(rows: LogitRows, num_removed: int, work: TileWork) -> tuple[Tensor, Cut]:
+    """(total, centred) over the `num_removed` smallest, [2, T, 1] float64, and where they end."""
+    removed, cut = rows.peak.new_zeros(2, *rows.peak.shape, dtype=torch.float64), no_cut(rows.peak)
+    missed = torch.arange(len(rows.values) if num_removed else 0, device=rows.peak.device)
+    if rows.vocabulary >= LONG_ROW and len(missed) > 0:
+        band = _band(rows, num_removed, work)
         cells = rows.values.new_zeros(len(rows.values), rows.values.shape[1] // CELL)
         counts = BandCounts(torch.zeros_like(rows.peak), cells)
-    for block in rows.blocks:
-        x, exps = exponentials(rows.values[:, block], rows.peak, scratch)
-        _add(sums[:2], exps, x)
-        if with_squares:
-            _add(sums[2:4], torch.mul(exps, exps, out=scratch("mask", *exps.shape)), x)
-        if band is not None and counts is not None:
-            below = _count(rows.values, block, band, counts, scratch)
-            _add(sums[4:], exps.mul_(below), x)
-    cut = no_cut(rows.peak)
-    missed = torch.arange(len(rows.values) if num_removed else 0, device=rows.peak.device)
-    if band is not None and counts is not None:
-        missed = _cut_bands(rows, num_removed, band, counts, cut, sums[4:])
-    _cut_exactly(rows, num_removed, missed, cut, sums[4:])
-    return RowSums(*sums), cut
+        for block in rows.blocks:
+            below = _count(rows.values, block, band, counts, work)
+            for mine, part in zip(
+                removed, work.masked_sums(rows.values[:, block], rows.peak, below), strict=True
+            ):
+                mine += part
+        missed = _cut_bands(rows, num_removed, band, counts, cut, removed)
+    _cut_exactly(rows, num_removed, missed, cut, removed)
+    return removed, cut
+
+
+def _shift(sums: Tensor, shift: Tensor, factor: Tensor) -> None:
+    """(total, centred) of e^x with every x more by `shift`, at most 0, and e^x times `factor`."""
+    sums[1].addcmul_(sums[0], shift)
+    sums.mul_(factor)
 
 
 def _add(sums: Tensor, exps: Tensor, x: Tensor) -> None:
@@ -134,26 +129,25 @@ def _add(sums: Tensor, exps: Tensor, x: Tensor) -> None:
     sums[1] += torch.linalg.vecdot(exps, x).unsqueeze(-1)
 
 
-def _band(rows: LogitRows, num_removed: int, scratch: Scratch) -> Band:
+def _band(rows: LogitRows, num_removed: int, work: TileWork) -> Band:
     """Values about the cut of each row, between which a few hundred of its logits lie."""
-    band = sampled_band(rows.sample, num_removed / rows.vocabulary)
+    sample = rows.values[:, : rows.vocabulary : SAMPLE_STRIDE].contiguous()
+    band = sampled_band(sample, num_removed / rows.vocabulary)
     below_low, below_high = torch.zeros_like(rows.peak), torch.zeros_like(rows.peak)
     for block in rows.blocks:
         tile = rows.values[:, block]
-        mask = scratch("mask", *tile.shape)
+        mask = work.room("mask", *tile.shape)
         below_low += count_below(tile, band.low, mask)
         below_high += count_below(tile, band.high, mask)
     return narrowed(band, below_low, below_high, num_removed)
 
 
-def _count(
-    values: Tensor, block: slice, band: Band, counts: BandCounts, scratch: Scratch
-) -> Tensor:
+def _count(values: Tensor, block: slice, band: Band, counts: BandCounts, work: TileWork) -> Tensor:
     """Add a tile to the counts; the mask of what is below the band."""
     tile = values[:, block.start : padded(block.stop)]
-    below = torch.lt(tile, band.low, out=scratch("mask", *tile.shape))
+    below = torch.lt(tile, band.low, out=work.room("mask", *tile.shape))
     counts.below.add_(below.sum(-1, keepdim=True))
-    inside = torch.lt(tile, band.high, out=scratch("inside", *tile.shape)).sub_(below)
+    inside = torch.lt(tile, band.high, out=work.room("inside", *tile.shape)).sub_(below)
     cells = counts.cells[:, block.start // CELL : padded(block.stop) // CELL]
     torch.sum(inside.view(*cells.shape, CELL), -1, out=cells)
     return below[:, : block.stop - block.start]

@@ -1,6 +1,7 @@
 """The fused head against the slow loop, at its edges, and in what it holds in memory."""
 
 import math
+import shutil
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -13,7 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.rl.entropy import TokenStatistics, clamped_entropy, fused_logprob_entropy
 from shared.rl.smallest import SAMPLE_STRIDE, exact_cut, narrowed, sampled_band
-from shared.rl.softmax_sums import LONG_ROW, LogitRows, Scratch, padded, row_sums, tiles
+from shared.rl.softmax_sums import (
+    LONG_ROW,
+    LogitRows,
+    RunningSums,
+    padded,
+    removed_sums,
+    tiles,
+)
+from shared.rl.tile_work import InPlaceWork
 
 CLAMP_P = 0.33
 LONG = LONG_ROW + 75
@@ -191,8 +200,7 @@ def as_logit_rows(rows: Tensor) -> LogitRows:
     values = rows.new_full((len(rows), padded(LONG)), torch.inf)
     values[:, :LONG] = rows
     blocks = [slice(first, min(first + 640, LONG)) for first in range(0, LONG, 640)]
-    peak, sample = rows.amax(-1, keepdim=True), rows[:, ::SAMPLE_STRIDE].contiguous()
-    return LogitRows(values, LONG, peak, sample, blocks)
+    return LogitRows(values, LONG, rows.amax(-1, keepdim=True), blocks)
 
 
 @pytest.mark.parametrize("share", [1 / LONG, 0.01, CLAMP_P, 0.99, 1 - 2 / LONG])
@@ -200,20 +208,43 @@ def as_logit_rows(rows: Tensor) -> LogitRows:
 def test_exactly_the_smallest_are_removed_of_equals_the_first(name: str, share: float) -> None:
     rows = ROWS[name]()
     num_removed = round(LONG * share)
-    sums, cut = row_sums(
-        as_logit_rows(rows),
-        num_removed=num_removed,
-        with_squares=False,
-        scratch=Scratch(rows.new_empty(0), len(rows) * 640),
-    )
+    work = InPlaceWork(rows.new_empty(0), len(rows) * 640)
+    removed, cut = removed_sums(as_logit_rows(rows), num_removed, work)
     expected = torch.zeros_like(rows, dtype=torch.bool)
     expected.scatter_(-1, rows.sort(stable=True).indices[:, :num_removed], True)
     assert torch.equal(cut.removed(rows), expected)
     exps = (rows - rows.amax(-1, keepdim=True)).double().exp()
-    torch.testing.assert_close(sums.total.squeeze(-1), exps.sum(-1), rtol=1e-5, atol=0)
     torch.testing.assert_close(
-        sums.removed.squeeze(-1), (exps * expected).sum(-1), rtol=1e-5, atol=1e-30
+        removed[0].squeeze(-1), (exps * expected).sum(-1), rtol=1e-5, atol=1e-30
     )
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("width", [LONG, 640, 7])
+@pytest.mark.parametrize("name", ROWS)
+def test_running_sums_are_those_of_the_whole_row(name: str, width: int, order: int) -> None:
+    rows = ROWS[name]()
+    work = InPlaceWork(rows.new_empty(0), rows.numel())
+    sums = RunningSums(rows[:, :1], with_squares=True)
+    for tile in torch.split(rows, width, dim=-1)[::order]:
+        sums.add(tile, work)
+    assert torch.equal(sums.peak, rows.amax(-1, keepdim=True))
+    x = (rows - sums.peak).double().clamp(min=-1e4)
+    for ours, theirs in (
+        (sums.total, x.exp()),
+        (sums.centred, x.exp() * x),
+        (sums.squares, (2 * x).exp()),
+        (sums.centred_squares, (2 * x).exp() * x),
+    ):
+        torch.testing.assert_close(ours, theirs.sum(-1, keepdim=True), rtol=1e-5, atol=1e-30)
+
+
+def test_running_sums_of_a_row_that_is_not_finite_are_not() -> None:
+    tiles_of = [torch.ones(2, 8), torch.tensor([[0.0, math.nan], [0.0, 1.0]]), torch.ones(2, 8)]
+    sums = RunningSums(torch.zeros(2, 1), with_squares=False)
+    for tile in tiles_of:
+        sums.add(tile, InPlaceWork(torch.empty(0), 16))
+    assert sums.total.isnan().tolist() == [[True], [False]]
 
 
 def test_the_band_holds_the_cut_of_ordinary_rows() -> None:
@@ -501,3 +532,43 @@ def test_the_exact_cut_takes_the_first_of_equals() -> None:
         [True, True, False, False, False],
     ]
     assert not exact_cut(rows, 0).removed(rows).any()
+
+
+def both_ways(
+    dtype: torch.dtype, clamp_p: float | None, width: int
+) -> list[tuple[TokenStatistics, list[Tensor]]]:
+    """Statistics and gradients, in place and by the functions that are compiled."""
+    made = []
+    for is_compiled in (False, True):
+        inputs = make_inputs(11, LONG, dtype=dtype, width=width)
+        statistics = fused_logprob_entropy(
+            *inputs,
+            temperature=0.7,
+            clamp_p=clamp_p,
+            chunk=4,
+            with_mean_pull=True,
+            is_compiled=is_compiled,
+        )
+        made.append((statistics, list(gradients(statistics, inputs))))
+    return made
+
+
+def assert_alike(made: list[tuple[TokenStatistics, list[Tensor]]], tolerance: float) -> None:
+    (statistics, grads), (compiled, compiled_grads) = made
+    for ours, theirs in zip((*statistics, *grads), (*compiled, *compiled_grads), strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None and theirs is not None:
+            torch.testing.assert_close(theirs, ours, rtol=tolerance, atol=tolerance / 100)
+
+
+@pytest.mark.parametrize("clamp_p", [None, CLAMP_P])
+def test_what_is_compiled_computes_what_is_done_in_place(clamp_p: float | None) -> None:
+    with torch.compiler.set_stance("force_eager"):
+        assert_alike(both_ways(torch.float64, clamp_p, 6), 1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with g++ on a CPU")
+@pytest.mark.parametrize("clamp_p", [None, CLAMP_P])
+def test_what_is_compiled_indeed_computes_the_same(clamp_p: float | None) -> None:
+    assert_alike(both_ways(torch.float32, clamp_p, 6), 2e-4)
