@@ -197,6 +197,7 @@ async def _run(
         for asked in unanswered(learner.progress.checkpoint_requests):
             asked.set_exception(CheckpointError("the run has ended"))
         learner.record.close()
+        learner.preparation.drop()
         await learner.inbox.close()
         await learner.saver.close()
         await learner.publisher.close()

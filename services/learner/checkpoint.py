@@ -23,6 +23,7 @@ from typing import Any
 
 from shared.checkpoint_names import PATTERN, checkpoint_name, place_of
 from shared.errors import CheckpointError
+from shared.new_folder import sync
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def write_checkpoint(
         if isinstance(error, _UnseenError):
             remedy = "put run.directory on a file system that all ranks share"
         raise CheckpointError(
-            f"checkpoint of step {step} not written to {root}: {error}; {remedy}, training goes on"
+            f"checkpoint of step {step} not written to {root}: {error}; {remedy}"
         ) from error
     return final
 
@@ -230,12 +231,3 @@ def fingerprint(path: Path, *, on_read: Callable[[int], None] = lambda size: Non
             size, crc = size + len(chunk), zlib.crc32(chunk, crc)
             on_read(len(chunk))
     return size, crc
-
-
-def sync(path: Path) -> None:
-    """Have the disk hold a file, or a folder's names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

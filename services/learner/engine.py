@@ -15,14 +15,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from services.learner.balance import rows_by_rank
 from services.learner.batch import Batch, build_batch, collate_sequences
+from services.learner.hugging_face import replace_model
 from services.learner.measures import StepReport
 from services.learner.parts import UNREADABLE, check_parts, unreadable
-from services.learner.policy import Policy, export_policy, load_policy
+from services.learner.policy import Policy, load_policy
 from services.learner.policy_weights import PolicyWeights
-from services.learner.ranks import Command, Opcode, Ranks
+from services.learner.prepared import Prepared
+from services.learner.ranks import Command, Opcode, Ranks, reason_of
 from services.learner.reshape import reshaped
-from services.learner.shares import hand_out, pack_rows, take_share, unpack_rows
+from services.learner.shares import pack_rows, pack_tokens, take_share, unpack_rows
 from services.learner.snapshot import Snapshot, Writing
 from services.learner.training import Trainer
 from services.learner.zero import CHECKPOINT_TAG, ZeroModel
@@ -94,11 +97,28 @@ class LearnerEngine:
         Raises:
             EngineError: another rank is gone, or the device failed.
         """
+        return self.train_prepared(self.prepare(groups, policy_version), step=step)
+
+    def prepare(self, groups: Sequence[ScoredGroup], policy_version: int) -> Prepared:
+        """A batch for `train_prepared`; may be called while the engine does something else.
+
+        Args:
+            groups, policy_version: as `train`.
+        """
+        batch = build_batch(groups, self._config, policy_version=policy_version)
+        plans = self._trainer.plan(batch)
+        if self._ranks.world_size == 1:
+            return Prepared(batch, plans, b"", ())
+        others = rows_by_rank(plans, self._ranks.world_size)[1:]
+        tokens = tuple(pack_tokens(batch, rows) for rows in others)
+        return Prepared(batch, plans, pack_rows(batch), tokens)
+
+    def train_prepared(self, prepared: Prepared, *, step: int) -> StepReport:
+        """As `train`, on what `prepare` gave."""
         with self._failures():
-            batch = build_batch(groups, self._config, policy_version=policy_version)
-            self._ranks.send(Command(Opcode.TRAIN, step, payload=pack_rows(batch)))
-            hand_out(batch, self._trainer.shares(batch), self._ranks)
-            return self._trainer.train_batch(batch, step=step)
+            self._ranks.send(Command(Opcode.TRAIN, step, payload=prepared.rows))
+            self._ranks.hand_out(prepared.tokens)
+            return self._trainer.train_batch(prepared.batch, prepared.plans, step=step)
 
     def score_tokens(self, token_ids: Sequence[int]) -> list[float]:
         """Log-prob, at temperature 1, of each token but the first under the current weights.
@@ -169,9 +189,15 @@ class LearnerEngine:
             self._load(folder, is_reshaped=is_reshaped)
 
     def export(self, folder: Path) -> None:
-        """Write the policy in Hugging Face form, with its tokenizer.
+        """Write the policy in Hugging Face form, with its tokenizer; whole, or not at all.
 
         Adapters are in it, and stand once more in `adapter`, in peft's form.
+
+        Args:
+            folder: what is there already is replaced in the end.
+        Raises:
+            CheckpointError: the disk refused; what was there stays.
+            EngineError: as `train`.
         """
         weights = {name: weight.cpu() for name, weight in self.weights()}
         adapters = None
@@ -179,7 +205,7 @@ class LearnerEngine:
             count = len(self._weights.published())
             numbers = range(count, count + len(self._weights.adapters()))
             adapters = {name: weight.cpu() for name, weight in self._read(numbers)}
-        export_policy(self._policy, weights, self._model_path, folder, adapters=adapters)
+        replace_model(self._policy, weights, self._model_path, folder, adapters=adapters)
 
     def follow(self) -> None:
         """Obey rank 0 until it closes; for every other rank.
@@ -232,12 +258,12 @@ class LearnerEngine:
         try:
             yield
         except RuntimeError as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise EngineError(f"rank {self.rank} cannot go on: {reason}") from error
+            raise EngineError(f"rank {self.rank} cannot go on: {reason_of(error)}") from error
 
     def _follow_training(self, batch: Batch, *, step: int) -> None:
-        mine = self._trainer.shares(batch)[self.rank]
-        self._trainer.train_batch(take_share(batch, mine, self._ranks), step=step)
+        plans = self._trainer.plan(batch)
+        mine = rows_by_rank(plans, self._ranks.world_size)[self.rank]
+        self._trainer.train_batch(take_share(batch, mine, self._ranks), plans, step=step)
 
     def _score(self, payload: bytes) -> list[float]:
         token_ids = torch.tensor(unpack_token_ids(payload), dtype=torch.int64)

@@ -117,18 +117,13 @@ def _load(
 
 def _write(policy: Policy, source: str, folder: Path) -> None:
     """Raises OSError if the disk refused."""
-    from safetensors import SafetensorError
-
-    from services.learner.policy import export_policy
+    from services.learner.hugging_face import export_policy
     from services.learner.policy_weights import PolicyWeights
 
     weights = PolicyWeights(policy)
     published = {each.name: weights.value(each) for each in weights.published()}
     adapters = {each.name: weights.value(each) for each in weights.adapters()}
-    try:
-        export_policy(policy, published, source, folder, adapters=adapters)
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
+    export_policy(policy, published, source, folder, adapters=adapters)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

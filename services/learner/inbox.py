@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -34,6 +34,9 @@ LOST_SECONDS = 30.0
 """An entry claimed this long ago that this process does not know of: the reply was lost."""
 
 MIN_JUDGED = 2
+
+MOST_AHEAD = 2
+"""So many batches' groups are read ahead to find one that is likely to be trained on."""
 
 
 class Inbox:
@@ -107,9 +110,24 @@ class Inbox:
         """As `Reader.recover`."""
         await self._reader.recover()
 
-    def reading_ahead(self, count: int) -> AbstractContextManager[None]:
-        """As `Reader.reading_ahead`: nothing is sorted before it is taken."""
-        return self._reader.reading_ahead(count)
+    def reading_ahead(
+        self, count: int, *, then: Callable[[Sequence[ScoredGroup]], None]
+    ) -> AbstractContextManager[None]:
+        """Within it groups for the next batch are read; none is sorted before it is taken.
+
+        Args:
+            then: called with `count` groups that are likely to be that batch, once all have come.
+        """
+
+        def room(arrivals: Sequence[Arrival]) -> int:
+            return min(count - len(self._likely(arrivals)), MOST_AHEAD * count - len(arrivals))
+
+        def guess() -> None:
+            likely = self._likely(self._reader.ahead)
+            if len(likely) >= count:
+                then(likely[:count])
+
+        return self._reader.reading_ahead(room, then=guess)
 
     async def close(self) -> None:
         """As `Reader.close`."""
@@ -173,6 +191,16 @@ class Inbox:
         await self._scored.acknowledge(contained)
         self._reader.forget(contained)
         del self._unacknowledged[: len(contained)]
+
+    def _likely(self, arrivals: Sequence[Arrival]) -> list[ScoredGroup]:
+        """Those of them that will be trained on, unless they are too stale or come twice."""
+        groups = [each.content for each in arrivals if isinstance(each.content, ScoredGroup)]
+        return [
+            group
+            for group in groups
+            if group.rollout.prompt.purpose is Purpose.TRAIN
+            and not (self._replace_degenerate and is_degenerate(group))
+        ]
 
     async def _sort(
         self, arrival: Arrival, *, while_full: Callable[[], Awaitable[None]]

@@ -3,7 +3,7 @@
     fill     put prompt groups on `prompts`, as far as admission allows
     take     wait for a batch of scored groups, none staler than the bound
     train    advantage, loss, entropy control, optimiser step           -> policy version v + 1
-             meanwhile the next groups are claimed and decoded
+             meanwhile the next batch is claimed, decoded and prepared
     publish  bring v + 1 to every replica while their generations stay in flight
     record   a row of metrics.jsonl and one of ledger.jsonl; the same values on /metrics
     evaluate, checkpoint   when due; a checkpoint acknowledges what it contains
@@ -19,7 +19,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +32,7 @@ from services.learner.inbox import Inbox, trace_end
 from services.learner.ledger import Ledger
 from services.learner.measures import StepReport
 from services.learner.outage import StopRequestedError
+from services.learner.prepared import Preparation, Prepared
 from services.learner.progress import Progress
 from services.learner.publisher import OnEngine, Publication, Publisher
 from services.learner.reconcile import Reconciler
@@ -52,7 +53,9 @@ POLL_SECONDS = 0.1
 class TrainingEngine(Protocol):
     """What the loop needs of DeepSpeed; `services.learner.engine.LearnerEngine` is it."""
 
-    def train(self, groups: list[ScoredGroup], *, step: int, policy_version: int) -> StepReport: ...
+    def prepare(self, groups: Sequence[ScoredGroup], policy_version: int) -> Prepared: ...
+
+    def train_prepared(self, prepared: Prepared, *, step: int) -> StepReport: ...
 
     def snapshot(self, *, copies: bool) -> EngineSnapshot: ...
 
@@ -80,9 +83,13 @@ class Learner:
     record: RunRecord
     progress: Progress
     phases: dict[str, float] = field(default_factory=dict)
+    preparation: Preparation = field(init=False)
     saver: Saver = field(init=False)
 
     def __post_init__(self) -> None:
+        self.preparation = Preparation(
+            lambda groups, policy_version: self.engine.prepare(groups, policy_version)
+        )
         checkpoint = self.config.checkpoint
         self.saver = Saver(
             config=checkpoint,
@@ -156,13 +163,7 @@ class Learner:
                     num_groups, policy_version=before, while_waiting=self._wait_for_groups
                 )
         began = time.time()
-        with (
-            self._phase("forward_backward", f"trains step {step}"),
-            self.inbox.reading_ahead(num_groups),
-        ):
-            report: StepReport = await self.on_engine(
-                lambda: self.engine.train(batch, step=step, policy_version=before)
-            )
+        report = await self._train(batch, step=step, policy_version=before)
         for group in batch:
             self.ledger.finish(self.ledger.position(group.rollout.prompt.uid))
             trace_end("train", group, began=began, step=step)
@@ -181,6 +182,25 @@ class Learner:
             await self.evaluator.issue(step, policy_version=step)
         if step % self.config.checkpoint.every_steps == 0:
             await self._checkpoint()
+
+    async def _train(
+        self, batch: Sequence[ScoredGroup], *, step: int, policy_version: int
+    ) -> StepReport:
+        """The step; meanwhile the groups of the next one are claimed, decoded and prepared."""
+        with self._phase("prepare", f"prepares batch {step}"):
+            prepared = await self.preparation.of(batch, policy_version=policy_version)
+
+        def prepare_next(groups: Sequence[ScoredGroup]) -> None:
+            self.preparation.begin(groups, policy_version=step)
+
+        with (
+            self._phase("forward_backward", f"trains step {step}"),
+            self.inbox.reading_ahead(self.config.learner.groups_per_batch, then=prepare_next),
+        ):
+            report: StepReport = await self.on_engine(
+                lambda: self.engine.train_prepared(prepared, step=step)
+            )
+        return report
 
     def _learn_entropy(self, policy_version: int, report: StepReport) -> None:
         entropy = report.metrics.get("entropy_after_filter", math.nan)
@@ -288,7 +308,7 @@ class Learner:
             try:
                 await self.saver.settle()
             except CheckpointError as error:
-                logger.error("%s", error)
+                logger.error("%s; training goes on", error)
 
     async def _last_checkpoint(self) -> None:
         """A checkpoint, and it is there when this returns.

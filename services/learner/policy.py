@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
@@ -33,10 +31,13 @@ class FusedHead(nn.Module):
     while this forward (and its recomputation in the backward pass) runs, and at no other time.
     """
 
-    def __init__(self, chunk: int, product_dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, chunk: int, product_dtype: torch.dtype | None, is_compiled: bool | None
+    ) -> None:
         super().__init__()
         self._chunk = chunk
         self._product_dtype = product_dtype
+        self._is_compiled = is_compiled
 
     def forward(
         self,
@@ -57,6 +58,7 @@ class FusedHead(nn.Module):
             chunk=self._chunk,
             with_mean_pull=with_mean_pull,
             product_dtype=self._product_dtype,
+            is_compiled=self._is_compiled,
         )
         return tuple(each for each in statistics if each is not None)
 
@@ -67,18 +69,26 @@ class Policy(nn.Module):
     Parameters are named `model.<Hugging Face name>`; a tied head is the embedding itself.
     """
 
-    def __init__(self, model: Any, *, chunk: int, product_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        chunk: int,
+        product_dtype: torch.dtype | None = None,
+        is_compiled: bool | None = None,
+    ) -> None:
         """Wrap a causal language model.
 
         Args:
             chunk: tokens whose logits exist at a time.
             product_dtype: of the products with the head's weight; that of the model if None.
+            is_compiled: as in `fused_logprob_entropy`.
         Raises:
             ConfigError: the model does more to its logits than a product with a weight.
         """
         super().__init__()
         self.model = model
-        self.head = FusedHead(chunk, product_dtype)
+        self.head = FusedHead(chunk, product_dtype, is_compiled)
         # In a tuple, because as an attribute it would be registered as a parameter twice; and
         # not looked up in forward, where ZeRO-3 gathers every parameter that is looked at.
         self._head_weight = (head_weight(model),)
@@ -99,6 +109,7 @@ class Policy(nn.Module):
         dtype: torch.dtype,
         chunk: int,
         product_dtype: torch.dtype | None = None,
+        is_compiled: bool | None = None,
     ) -> Policy:
         """From a local folder or a hub name; the rest as the constructor.
 
@@ -113,7 +124,7 @@ class Policy(nn.Module):
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise StartError(f"model.path = {path}: cannot be loaded ({reason})") from None
-        return cls(model, chunk=chunk, product_dtype=product_dtype)
+        return cls(model, chunk=chunk, product_dtype=product_dtype, is_compiled=is_compiled)
 
     def add_adapters(self, lora: LoraConfig, *, seed: int) -> None:
         """Train adapters instead of the weights, and keep only them in a state dict.
@@ -278,6 +289,7 @@ def load_policy(config: RunConfig, model_path: str) -> Policy:
         dtype=getattr(torch, config.model.dtype),
         chunk=config.learner.logit_chunk_tokens,
         product_dtype=torch.float32 if config.learner.head_dtype == "float32" else None,
+        is_compiled={"auto": None, "in_place": False, "compiled": True}[config.learner.head_work],
     )
 
 
@@ -303,27 +315,6 @@ def read_statistics(
     return TokenStatistics(logprob, entropy, clamped, removed, rest[0] if rest else None)
 
 
-def export_policy(
-    policy: Policy,
-    weights: Mapping[str, Tensor],
-    source: str,
-    folder: Path,
-    *,
-    adapters: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Write a model in Hugging Face form, with its tokenizer.
-
-    Args:
-        weights: whole, on the host; merged where the policy has adapters.
-        source: where the policy was loaded from; its tokenizer goes with the weights.
-        adapters: their own weights, whole, on the host; they go to `adapter`, in peft's form.
-    """
-    policy.model.save_pretrained(folder, state_dict=dict(weights))
-    _copy_tokenizer(source, folder)
-    if policy.adapters is not None and adapters is not None:
-        policy.adapters.export(folder / "adapter", adapters, base=source)
-
-
 def _drop_frozen(
     policy: Policy, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
 ) -> None:
@@ -331,15 +322,3 @@ def _drop_frozen(
     for name, weight in policy.named_parameters(remove_duplicate=False):
         if not weight.requires_grad:
             state_dict.pop(prefix + name, None)
-
-
-def _copy_tokenizer(model_path: str, folder: Path) -> None:
-    source = Path(model_path)
-    if not source.is_dir():
-        AutoTokenizer.from_pretrained(model_path).save_pretrained(folder)
-        return
-    for path in source.iterdir():
-        is_weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth")
-        is_index = path.name.endswith(".index.json")
-        if path.is_file() and not (is_weights or is_index or (folder / path.name).exists()):
-            shutil.copyfile(path, folder / path.name)

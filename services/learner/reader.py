@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -60,8 +60,14 @@ class Reader:
         self._backlog: deque[Entry] = deque()
         self._held: set[str] = set()
         self._ahead: deque[Arrival] = deque()
-        self._most_ahead = 0
+        self._room: Callable[[Sequence[Arrival]], int] = _no_room
+        self._then: Callable[[], None] = _nothing
         self._reading: asyncio.Task[None] | None = None
+
+    @property
+    def ahead(self) -> tuple[Arrival, ...]:
+        """What `next` gives first."""
+        return tuple(self._ahead)
 
     async def recover(self) -> None:
         """After a crash: what was claimed and not acknowledged comes first, in its old order."""
@@ -71,19 +77,25 @@ class Reader:
         logger.info("reads %d pending entries again", len(self._backlog))
 
     @contextmanager
-    def reading_ahead(self, count: int) -> Iterator[None]:
-        """Within it up to `count` arrivals are made ready for `next`, as they come.
+    def reading_ahead(
+        self, room: Callable[[Sequence[Arrival]], int], *, then: Callable[[], None]
+    ) -> Iterator[None]:
+        """Within it arrivals are made ready for `next`, as they come.
 
         Leaving it waits for nothing: a claim that is under way then is the last one.
+
+        Args:
+            room: how many more there should be than these, which are ready.
+            then: called once there is no room, before it is left.
         """
-        self._most_ahead = count
+        self._room, self._then = room, then
         has_ended = self._reading is None or self._reading.done()
         if has_ended and not self._has_failed:
             self._reading = asyncio.create_task(self._read_ahead(), name="reads ahead")
         try:
             yield
         finally:
-            self._most_ahead = 0
+            self._room, self._then = _no_room, _nothing
 
     async def next(self, count: int) -> list[Arrival]:
         """At most `count`, in the order of the stream; none if none came for a while.
@@ -123,8 +135,9 @@ class Reader:
             reading.result()
 
     async def _read_ahead(self) -> None:
-        while (room := self._most_ahead - len(self._ahead)) > 0:
+        while (room := self._room(self.ahead)) > 0:
             self._ahead.extend(await self._read(room))
+        self._then()
 
     async def _read(self, count: int) -> list[Arrival]:
         entries = await self._claim(count)
@@ -167,6 +180,14 @@ class Reader:
         except StreamError as error:
             return error
         return group
+
+
+def _no_room(_: Sequence[Arrival]) -> int:
+    return 0
+
+
+def _nothing() -> None:
+    pass
 
 
 def check_fits(group: ScoredGroup, *, vocabulary: int, max_length: int) -> None:

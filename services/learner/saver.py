@@ -54,6 +54,16 @@ class UnderWay:
     asked: list[asyncio.Future[Path]]
     writing: asyncio.Task[Path]
 
+    def answer(self) -> BaseException | None:
+        """Tell who asked how the writing went, which has ended; what it failed by."""
+        error = self.writing.exception()
+        for future in unanswered(self.asked):
+            if error is None:
+                future.set_result(self.writing.result())
+            else:
+                future.set_exception(CheckpointError(str(error)))
+        return error
+
 
 class Saver:
     """Writes the checkpoints of one run; the loop calls it, and nobody else.
@@ -98,13 +108,13 @@ class Saver:
             state: of the run, JSON; copied.
             scores: evaluation score by step, by which the best older ones are kept.
         """
-        asked, self._progress.checkpoint_requests = self._progress.checkpoint_requests, []
         try:
             await self.settle()
         except CheckpointError as error:
-            logger.error("%s", error)
+            logger.error("%s; training goes on", error)
         started, step, copied = time.monotonic(), self._progress.step, copy.deepcopy(dict(state))
         snapshot = await self._on_engine(self._snapshot)
+        asked, self._progress.checkpoint_requests = self._progress.checkpoint_requests, []
 
         def write() -> Path:
             folder = self._write(snapshot, step, copied, dict(scores))
@@ -126,28 +136,24 @@ class Saver:
 
         Raises:
             CheckpointError: it could not be written; nothing is acknowledged.
+            EngineError: a rank is gone; nothing is acknowledged either.
         """
         if self._under_way is None:
             return
         written = self._under_way
         await asyncio.wait({written.writing})
         self._under_way = None
-        try:
-            folder = written.writing.result()
-        except CheckpointError as error:
-            LEARNER_CHECKPOINTS.labels(result="error").inc()
-            for future in unanswered(written.asked):
-                future.set_exception(error)
-            raise
-        LEARNER_CHECKPOINTS.labels(result="ok").inc()
+        error = written.answer()
+        LEARNER_CHECKPOINTS.labels(result="error" if error else "ok").inc()
+        if error is not None:
+            raise error
         await self._acknowledge(written.num_entries)
-        for future in unanswered(written.asked):
-            future.set_result(folder)
 
     async def close(self) -> None:
-        """Wait until nothing is being written any more."""
+        """Wait until nothing is being written any more, also when the run ends by an error."""
         if self._under_way is not None:
             await asyncio.wait({self._under_way.writing})
+            self._under_way.answer()
 
     def _write(
         self, snapshot: EngineSnapshot, step: int, state: dict[str, Any], scores: dict[int, float]

@@ -77,17 +77,8 @@ def unpack_rows(packed: bytes) -> Batch:
     return Batch.of(rows, [range(start, stop) for start, stop in pairwise(starts)])
 
 
-def hand_out(batch: Batch, shares: Sequence[Sequence[int]], ranks: Ranks) -> None:
-    """Send the tokens of each rank's rows to it; for rank 0, which has them all.
-
-    Args:
-        shares: rows by rank, ascending.
-    """
-    ranks.hand_out([pack_tokens(batch, rows) for rows in shares[1:]])
-
-
 def take_share(batch: Batch, rows: Sequence[int], ranks: Ranks) -> Batch:
-    """The batch with the tokens of these rows, which rank 0 hands out; for every other rank."""
+    """The batch with the tokens of these rows, ascending, which rank 0 hands out to this one."""
     chosen = [batch.rows[row] for row in rows]
     size = sum(4 * row.num_tokens + 8 * row.num_completion_tokens for row in chosen)
     return with_tokens(batch, rows, ranks.take(size))

@@ -24,10 +24,11 @@ from typing import IO, Any, BinaryIO, Self, cast
 import torch
 from torch import Tensor
 
-from services.learner.checkpoint import Fingerprint, sync
+from services.learner.checkpoint import Fingerprint
 from services.learner.parts import write_parts
-from services.learner.ranks import COLLECTIVE_TIMEOUT, Ranks
+from services.learner.ranks import COLLECTIVE_TIMEOUT, Ranks, reason_of
 from shared.errors import EngineError
+from shared.new_folder import sync
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ class Snapshot:
                 if folder:
                     self._write_and_tell(Path(folder.decode()))
             except RuntimeError as error:
-                logger.error("a rank is gone amid a checkpoint: %s", error)
+                logger.error("amid a checkpoint %s", reason_of(error))
 
     def _tell(self, folder: bytes) -> bytes:
         self._is_awaited = False
@@ -185,7 +186,7 @@ def _rank_failures() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise EngineError(f"a rank is gone amid a checkpoint: {error}") from error
+        raise EngineError(f"amid a checkpoint {reason_of(error)}") from error
 
 
 def host_copy(value: Any, seen: dict[Any, Tensor]) -> Any:

@@ -101,6 +101,7 @@ def step_row(
         "seconds": seconds,
         "wait_data_seconds": phases.get("wait_data", 0.0),
         "wait_data_share": phases.get("wait_data", 0.0) / seconds if seconds > 0 else 0.0,
+        "prepare_seconds": phases.get("prepare", 0.0),
         "train_seconds": phases.get("forward_backward", 0.0),
         "publish_seconds": phases.get("weight_publish", 0.0),
         "pause_seconds": pause_seconds,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from services.learner.advantages import shape_advantages
 from services.learner.ahead import made_ahead
-from services.learner.balance import Plan, rows_by_rank
+from services.learner.balance import Plan
 from services.learner.batch import (
     Batch,
     MicroBatch,
@@ -62,22 +62,29 @@ class Trainer:
     def train(self, groups: Sequence[ScoredGroup], *, step: int, policy_version: int) -> StepReport:
         """As `LearnerEngine.train`, on every rank with the same groups."""
         batch = build_batch(groups, self._config, policy_version=policy_version)
-        return self.train_batch(batch, step=step)
+        return self.train_batch(batch, self.plan(batch), step=step)
 
-    def shares(self, batch: Batch) -> list[list[int]]:
-        """The rows that each rank passes over, ascending."""
-        plans = [self._plan(batch, rows) for rows in batch.minibatches]
-        return rows_by_rank(plans, self._ranks.world_size)
+    def plan(self, batch: Batch) -> tuple[Plan, ...]:
+        """Who passes over what, by mini-batch; the same on every rank, in any thread."""
+        return tuple(
+            plan_micro_batches(
+                batch,
+                rows,
+                num_ranks=self._ranks.world_size,
+                micro_batch_tokens=self._config.learner.micro_batch_tokens,
+                cost=self._model.cost,
+            )
+            for rows in batch.minibatches
+        )
 
-    def train_batch(self, batch: Batch, *, step: int) -> StepReport:
-        """The step on every rank, each with at least its share's tokens.
+    def train_batch(self, batch: Batch, plans: tuple[Plan, ...], *, step: int) -> StepReport:
+        """The step on every rank, each with at least the tokens of its rows.
 
         Returns:
             what was measured, where the batch is whole; elsewhere nothing.
         """
         if not batch.rows:
             return self._report(batch, None, [])
-        plans = tuple(self._plan(batch, rows) for rows in batch.minibatches)
         mine = [rows for plan in plans for rows in plan[self._ranks.rank]]
         compares, mask = self._compares_entropy(step), batch.mask.to(self._ranks.device)
         with made_ahead(partial(self._collate, batch), mine, name="packing") as every:
@@ -106,15 +113,6 @@ class Trainer:
         if not batch.groups:
             return StepReport({}, {}, {})
         return step_report(batch, record, updates, self._config.policy_loss)
-
-    def _plan(self, batch: Batch, rows: Sequence[int]) -> Plan:
-        return plan_micro_batches(
-            batch,
-            rows,
-            num_ranks=self._ranks.world_size,
-            micro_batch_tokens=self._config.learner.micro_batch_tokens,
-            cost=self._model.cost,
-        )
 
     def _collate(self, batch: Batch, rows: Sequence[int]) -> MicroBatch:
         return collate(batch, rows).to(self._ranks.device)

@@ -12,7 +12,7 @@ from shared.metrics.weights import (
     WEIGHT_SYNC_STREAMS,
 )
 
-PHASES = ("wait_data", "forward_backward", "weight_publish", "checkpoint")
+PHASES = ("wait_data", "prepare", "forward_backward", "weight_publish", "checkpoint")
 LEARNER_VERSION = Gauge("isentrope_learner_policy_version", "Newest published policy version.")
 LEARNER_STEPS = Counter("isentrope_learner_steps_total", "Training batches finished.")
 LEARNER_TOKENS = Counter("isentrope_learner_tokens_trained_total", "Completion tokens trained on.")

@@ -19,12 +19,14 @@ from types import SimpleNamespace
 from typing import Any, Self
 
 from services.cli.plan.rates import Lengths
+from services.learner.batch import Batch
 from services.learner.evaluation import Evaluator, LawFit
 from services.learner.feeder import Feeder
 from services.learner.inbox import group_staleness
 from services.learner.ledger import Ledger
 from services.learner.loop import Learner
 from services.learner.measures import StepReport, reward_metrics
+from services.learner.prepared import Prepared
 from services.learner.progress import Progress
 from services.learner.run_record import RunRecord
 from services.learner.wiring import intake
@@ -139,8 +141,13 @@ class SleepingTraining:
         self.busy_at_step: list[tuple[float, float]] = []
         self._engines = engines
 
-    def train(self, groups: list[ScoredGroup], *, step: int, policy_version: int) -> StepReport:
+    def prepare(self, groups: Sequence[ScoredGroup], policy_version: int) -> Prepared:
+        """The groups alone."""
+        return Prepared(Batch.of([], [], groups), (), b"", ())
+
+    def train_prepared(self, prepared: Prepared, *, step: int) -> StepReport:
         """Wait as long as training would take."""
+        groups, policy_version = prepared.batch.groups, step - 1
         now = time.monotonic()
         busy = sum(engine.busy_seconds(now) for engine in self._engines)
         self.busy_at_step.append((now, busy))

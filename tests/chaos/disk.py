@@ -6,6 +6,7 @@ it and nothing is left mounted whatever happens. Without the right to mount ther
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ ROOM_BYTES = 2**20
 
 _IN_NAMESPACE = "ISENTROPE_CHAOS_MAY_MOUNT"
 _CHUNK_BYTES = 2**16
+_CLONE_NEWNS, _CLONE_NEWUSER = 0x00020000, 0x10000000
 
 
 def enter_namespace(arguments: list[str]) -> None:
@@ -36,6 +38,18 @@ def enter_namespace(arguments: list[str]) -> None:
         os.execvp(wrapper[0], [*wrapper, sys.executable, "-m", "tests.chaos", *arguments])
 
 
+def leave_for_namespace() -> bool:
+    """Move this process, which must have one thread, to a mount namespace of its own, if it may."""
+    user = os.geteuid()
+    if ctypes.CDLL(None).unshare(_CLONE_NEWNS | (_CLONE_NEWUSER if user else 0)) != 0:
+        return False
+    if user:
+        Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+    may = subprocess.run(["mount", "--make-rprivate", "/"], capture_output=True).returncode == 0
+    os.environ[_IN_NAMESPACE] = "yes" if may else "no"
+    return may
+
+
 @dataclass(frozen=True, slots=True)
 class SmallDisk:
     """A file system of its own at `folder`."""
@@ -45,6 +59,9 @@ class SmallDisk:
     @contextmanager
     def full(self, *, room_bytes: int = 0) -> Iterator[None]:
         """With no more room than this, until the context ends."""
+        # Seen from another namespace, the folder is on the machine's own disk.
+        size = shutil.disk_usage(self.folder).total
+        assert size <= SIZE_MIB * 2**20, f"{self.folder} is on a disk of {size} bytes"
         filler = self.folder / ".filler"
         try:
             with filler.open("wb", buffering=0) as file, suppress(OSError):

@@ -12,7 +12,7 @@ import pytest
 
 from tests.chaos.proxy import Proxy
 
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 120.0
 MOMENT_SECONDS = 0.2
 
 

@@ -7,6 +7,7 @@ kill itself at an exact moment, which Python's audit events give without a chang
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import sys
@@ -41,7 +42,7 @@ from shared.redis_stream import Streams, open_streams
 from shared.stream import Bounds
 from tests.forked import FORKED, redirect_output
 
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 240.0
 POLL_SECONDS = 0.05
 NUM_STEPS = 15
 GROUPS_PER_BATCH = 2
@@ -235,10 +236,9 @@ class RecordedRun:
         await self.until(says, process)
 
     @asynccontextmanager
-    async def produced(self) -> AsyncIterator[asyncio.Event]:
-        """Prompts are answered meanwhile, one at a time and in their order, while this is set."""
-        gate = asyncio.Event()
-        gate.set()
+    async def produced(self) -> AsyncIterator[Gate]:
+        """Prompts are answered meanwhile, one at a time and in their order, as the gate lets."""
+        gate = Gate()
         async with self.streams() as streams:
             task = asyncio.create_task(_produce(streams, gate))
             try:
@@ -248,7 +248,41 @@ class RecordedRun:
                 await asyncio.wait({task})
 
 
-async def _produce(streams: Streams, gate: asyncio.Event) -> None:
+class Gate:
+    """Open at first. One that lets only so many prompts be answered keeps a learner from its end,
+    however long the test takes for what it does next."""
+
+    def __init__(self) -> None:
+        self._left = math.inf
+        self._is_open = asyncio.Event()
+        self._is_open.set()
+
+    def open(self) -> None:
+        """For all that come."""
+        self.let(math.inf)
+
+    def close(self) -> None:
+        """For everybody."""
+        self.let(0)
+
+    def let(self, count: float) -> None:
+        """For so many from now on."""
+        self._left = count
+        if count > 0:
+            self._is_open.set()
+        else:
+            self._is_open.clear()
+
+    async def wait(self) -> None:
+        """Until it is open."""
+        await self._is_open.wait()
+
+    def count(self) -> None:
+        """One has passed."""
+        self.let(self._left - 1)
+
+
+async def _produce(streams: Streams, gate: Gate) -> None:
     while True:
         await gate.wait()
         try:
@@ -259,6 +293,7 @@ async def _produce(streams: Streams, gate: asyncio.Event) -> None:
             ]:
                 payload = encode_scored_group(answered(decode_prompt_group(entry.payload)))
                 await streams.prompts.finish(entry, output=streams.scored, payload=payload)
+                gate.count()
         except StreamError:
             await asyncio.sleep(POLL_SECONDS)
 

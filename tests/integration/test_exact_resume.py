@@ -33,6 +33,8 @@ from tests.test_redis_stream import Server
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 SIGKILL = -9
+FEW = 14
+"""Groups, those of an evaluation among them: enough for two steps, and not for half of the run."""
 
 WARMUP = """
 [run]
@@ -72,11 +74,13 @@ async def test_a_run_killed_three_times_ends_in_the_weights_of_one_that_was_not(
 
     run = RecordedRun(tmp_path / "killed", model, redis_url)
     run.prepare()
-    async with run.produced():
+    async with run.produced() as gate:
+        gate.let(FEW)
         process = run.start()
         await run.until(lambda: len(run.steps) >= 2, process)
         process.kill()  # between steps, or in one: wherever it is
         await run.until_ended(process, exit_code=SIGKILL)
+        gate.open()
 
         before = run.checkpoints  # none, or what a quick learner wrote before it was killed
         reached = max([0, *(int(name.removeprefix("step-")) for name in before)])
@@ -139,8 +143,8 @@ async def test_a_run_waits_for_a_redis_that_is_away_and_goes_on_with_one_that_fo
     run = RecordedRun(tmp_path / "away", model, server.url)
     run.prepare()
     async with run.produced() as gate:
+        gate.close()  # the learner waits for groups when the server dies
         process = run.start()
-        gate.clear()  # the learner waits for groups when the server dies
         address = await run.until_known(process)
         for forgets in (False, True):
             server.kill()
@@ -148,11 +152,10 @@ async def test_a_run_waits_for_a_redis_that_is_away_and_goes_on_with_one_that_fo
             if forgets:
                 server.forget()
             await server.start()
-            gate.set()
+            gate.let(FEW)
             num_steps = len(run.steps)
             await run.until(lambda: len(run.steps) >= num_steps + 2, process)  # noqa: B023
-            gate.clear()
-        gate.set()
+        gate.open()
         await run.until_ended(process, exit_code=0)
     found = run.audit()
     assert found.is_right, found
@@ -173,17 +176,18 @@ async def test_a_run_goes_on_with_a_standby_that_had_fallen_behind(
             run = RecordedRun(tmp_path / "taken-over", model, f"redis://{link.address}/0")
             run.prepare()
             async with run.produced() as gate:
-                gate.clear()
+                gate.close()
                 process = run.start()
                 address = await run.until_known(process)
                 await run.until_says(address, "batch 1", process)
                 await replicate_once(server, standby)
-                gate.set()
+                gate.let(FEW)
                 # What replaces a skipped group is issued now, and the standby will not have it.
                 await run.until(lambda: run.num_skipped > 0, process)
                 server.kill()
                 assert len(run.steps) < NUM_STEPS
                 link.lead_to(socket_of(standby))
+                gate.open()
                 await run.until_ended(process, exit_code=0)
     finally:
         standby.end()
@@ -222,9 +226,9 @@ async def test_a_learner_that_is_told_to_stop_while_redis_is_away_stops_with_a_c
     run = RecordedRun(tmp_path / "stopped", model, server.url)
     run.prepare()
     async with run.produced() as gate:
+        gate.let(FEW)
         process = run.start()
         await run.until(lambda: len(run.steps) >= 1, process)
-        gate.clear()
         address = await run.until_known(process)
         server.kill()
         await run.until_says(address, "Redis", process)
@@ -232,6 +236,6 @@ async def test_a_learner_that_is_told_to_stop_while_redis_is_away_stops_with_a_c
         await run.until_ended(process, exit_code=0)
         assert int(run.checkpoints[-1].split("-")[1]) == len(run.steps) == len(run.ledger)
         await server.start()
-        gate.set()
+        gate.open()
         await run.until_ended(run.start(resume=True), exit_code=0)
     assert run.audit().is_right, run.audit()

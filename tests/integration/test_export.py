@@ -6,6 +6,8 @@ import json
 import os
 import resource
 import shutil
+import signal
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from services.learner.engine import LearnerEngine
 from services.learner.export import export_checkpoint
 from shared.config import RunConfig
 from shared.errors import CheckpointError, ConfigError, StartError
+from tests.forked import FORKED
+from tests.integration.rank_processes import ADAPTER_PACKAGES
 from tests.integration.test_learner_engine import (
     ALONE,
     run_config,
@@ -29,6 +33,7 @@ from tests.integration.test_learner_engine import (
     wide_model,
 )
 from tests.integration.test_lora import adapter_packages
+from tests.learner.test_checkpoint import die_at
 
 __all__ = ["adapter_packages", "wide_model"]
 
@@ -206,3 +211,69 @@ def test_another_model_than_the_run_s_is_named_with_the_remedy(
     gone = config_of(tmp_path / "nowhere", 3, "float32")
     with pytest.raises(StartError, match=r"nowhere.* export where the run was started"):
         export_checkpoint(gone, checkpoint, tmp_path / "out", report=print)
+
+
+DEATHS = {
+    "amid the weights": ("", -signal.SIGXFSZ),
+    "before the tokenizer": ("open .model.new.tmp/tokenizer_config.json 1", -signal.SIGKILL),
+    "amid the adapters": ("open adapter/adapter_config.json 1", -signal.SIGKILL),
+}
+"""As in test_checkpoint. The weights are written by what Python does not see: the kernel kills at a
+file's first byte after so many, and nothing is cleared up then either."""
+
+MAX_FILE_BYTES = 2**16
+
+
+def export_and_die(config: RunConfig, folder: Path, death: str) -> None:
+    """In a process of its own."""
+    sys.path.append(str(ADAPTER_PACKAGES))
+    engine = LearnerEngine.start(config, config.model_path, ALONE)
+    engine.train(scored_groups(2), step=2, policy_version=2)
+    if death == "amid the weights":
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_FILE_BYTES, MAX_FILE_BYTES))
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    else:
+        event, end, count = DEATHS[death][0].split()
+        die_at(event, end, int(count))
+    engine.export(folder)
+
+
+@pytest.mark.parametrize(
+    ("lora", "deaths"),
+    [(False, ("amid the weights", "before the tokenizer")), (True, ("amid the adapters",))],
+    ids=["full", "lora"],
+)
+def test_a_learner_killed_amid_its_export_leaves_the_model_before_it(
+    lora: bool, deaths: tuple[str, ...], model: Path, tmp_path: Path
+) -> None:
+    folder, config = tmp_path / "run/model", config_of(model, 1, "float32", lora=lora)
+    engine = LearnerEngine.start(config, config.model_path, ALONE)
+    engine.export(folder)
+    before, weights = listing(folder), tensors(folder)
+    for death in deaths:
+        process = FORKED.Process(target=export_and_die, args=(config, folder, death), daemon=True)
+        process.start()
+        process.join(120.0)
+        assert process.exitcode == DEATHS[death][1]
+        assert sorted(os.listdir(folder.parent)) == [".model.new.tmp", "model"]
+        assert listing(folder) == before
+    engine.train(scored_groups(1), step=1, policy_version=1)
+    engine.export(folder)
+    engine.export(tmp_path / "another")
+    engine.close()
+    assert os.listdir(folder.parent) == ["model"]
+    assert same(folder, tmp_path / "another")
+    assert not all(
+        torch.equal(each, weights["model.safetensors"][name])
+        for name, each in tensors(folder)["model.safetensors"].items()
+    )
+
+
+def test_whoever_may_read_the_config_may_read_the_weights(model: Path, tmp_path: Path) -> None:
+    engine = LearnerEngine.start(config_of(model, 1, "float32", lora=True), str(model), ALONE)
+    engine.export(tmp_path / "model")
+    engine.close()
+    files = [path for path in (tmp_path / "model").rglob("*") if path.is_file()]
+    assert len({path.stat().st_mode for path in files}) == 1
+    assert len([path for path in files if path.suffix == ".safetensors"]) == 2

@@ -50,7 +50,7 @@ from shared.records import (
     ScoredGroup,
     VersionRun,
 )
-from tests.integration.rank_processes import RankProcesses, ranks_of
+from tests.integration.rank_processes import JOB_SECONDS, RankProcesses, ranks_of
 from tests.learner.fakes import (
     ONE_RANK,
     PlainModel,
@@ -898,8 +898,8 @@ def test_a_rank_ends_when_the_other_dies(
     dying: int, model: Path, tmp_path: Path, processes: RankProcesses
 ) -> None:
     ranks = processes.start(f"die{dying}", tmp_path, model, num_ranks=2)
-    assert ranks[dying].ended(seconds=60) == 9
-    assert ranks[1 - dying].ended(seconds=30) == 1
+    assert ranks[dying].ended(seconds=JOB_SECONDS) == 9
+    assert ranks[1 - dying].ended(seconds=JOB_SECONDS) == 1
     assert f"EngineError: rank {1 - dying} cannot go on" in ranks[1 - dying].printed
 
 

@@ -180,7 +180,7 @@ async def test_kill_9_in_mid_completion_loses_no_token_that_was_saved(
 ) -> None:
     run_id = f"partial-{secrets.token_hex(4)}"
     async with open_streams(
-        redis_url, run_id=run_id, prompts=BOUNDS, groups=BOUNDS, timeout_seconds=5.0
+        redis_url, run_id=run_id, prompts=BOUNDS, groups=BOUNDS, timeout_seconds=60.0
     ) as streams:
         partials = RedisPartials(streams.client, prefix=streams.prefix, stream="prompts")
         await streams.prompts.put(encode_prompt_group(prompt(0)))
@@ -247,7 +247,7 @@ async def test_a_replica_whose_kv_cache_is_too_small_takes_fewer_groups_at_a_tim
         run_id=f"pressure-{secrets.token_hex(4)}",
         prompts=BOUNDS,
         groups=BOUNDS,
-        timeout_seconds=5.0,
+        timeout_seconds=60.0,
     ) as streams:
         for index in range(8):
             await streams.prompts.put(encode_prompt_group(prompt(index)))
@@ -279,7 +279,7 @@ async def test_what_an_engine_sampled_last_is_saved_when_it_dies(
         run_id=f"death-{secrets.token_hex(4)}",
         prompts=BOUNDS,
         groups=BOUNDS,
-        timeout_seconds=5.0,
+        timeout_seconds=60.0,
     ) as streams:
         partials = RedisPartials(streams.client, prefix=streams.prefix, stream="prompts")
         await streams.prompts.put(encode_prompt_group(prompt(0)))

@@ -23,7 +23,8 @@ from prometheus_client import REGISTRY
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 from vllm.tokenizers import get_tokenizer
 
-from services.learner.policy import Policy, export_policy
+from services.learner.hugging_face import export_policy
+from services.learner.policy import Policy
 from services.learner.policy_weights import PolicyWeights
 from services.rollout.app import run_replica
 from services.rollout.engine import UpdateReport, VllmEngine
@@ -46,9 +47,18 @@ from tests.learner.publishing import learner_side, replica_arguments
 from tests.observability.catalogue import engine_series
 from tests.rollout.scene import Scene
 
-pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.timeout(900),
+]
 
 BUCKET_BYTES = 32 << 10
+MAX_LENGTH = 2048
+LASTING_TOKENS = 2000
+"""Of a request that is still under way whatever else a busy machine does first."""
+
+PATIENCE_SECONDS = 60.0
 CANARY = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
 
 
@@ -72,8 +82,9 @@ class Learner:
     async def join(self) -> BroadcastGroup:
         self.leave()
         self.epoch += 1
+        key = f"{self.epoch}/replica"
         spec = GroupSpec(
-            self.epoch, "gloo", "127.0.0.1", self.store.port, f"{self.epoch}/replica", 1, 2, 10.0
+            self.epoch, "gloo", "127.0.0.1", self.store.port, key, 1, 2, PATIENCE_SECONDS
         )
         mine = replace(spec, rank=0).for_worker(0)
         self.group, _ = await asyncio.gather(
@@ -103,7 +114,7 @@ class Learner:
         )
         assert report.failed == {}
         return await self.engine.commit_update(
-            self.version, expected_checksum=report.checksum, timeout_seconds=10
+            self.version, expected_checksum=report.checksum, timeout_seconds=PATIENCE_SECONDS
         )
 
 
@@ -111,7 +122,7 @@ def settings_for(model_path: Path) -> EngineSettings:
     return EngineSettings(
         model_path=str(model_path),
         dtype="float32",
-        max_model_len=256,
+        max_model_len=MAX_LENGTH,
         max_num_seqs=32,
         seed=1,
         device="cpu",
@@ -199,7 +210,7 @@ async def test_after_an_update_the_engine_computes_what_the_learner_computes(
     model = random_model(1)
     report = await learner.publish(model)
     assert engine.policy_version == report.policy_version == learner.version
-    assert 0 < report.load_seconds <= report.pause_seconds < 2
+    assert 0 < report.load_seconds <= report.pause_seconds
     await assert_serves(engine, model)
 
 
@@ -231,7 +242,7 @@ async def test_a_prompt_that_does_not_fit_is_refused_and_the_engine_goes_on(
     engine: VllmEngine,
 ) -> None:
     with pytest.raises(ValueError):
-        await sample(engine, "too-long", prompt=(1,) * 300)
+        await sample(engine, "too-long", prompt=(1,) * (MAX_LENGTH + 50))
     with pytest.raises(ValueError):
         await sample(engine, "not-a-token", prompt=(VOCABULARY + 5,))
     assert len((await sample(engine, "after")).token_ids) == 20
@@ -259,30 +270,39 @@ async def test_a_cancelled_request_frees_its_place(engine: VllmEngine) -> None:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     after = [sample(engine, f"after-{i}", max_completion_tokens=5) for i in range(40)]
-    assert len(await asyncio.wait_for(asyncio.gather(*after), 20)) == 40
+    assert len(await asyncio.wait_for(asyncio.gather(*after), PATIENCE_SECONDS)) == 40
 
 
 async def test_updates_lose_no_request_and_label_every_token(
     engine: VllmEngine, learner: Learner
 ) -> None:
     first = learner.version
+    lasting = sample(engine, "lasting", max_completion_tokens=LASTING_TOKENS)
     tasks = [
         sample(engine, f"r{i}", prompt=(1, 2, i % VOCABULARY), max_completion_tokens=200)
-        for i in range(32)
+        for i in range(31)
     ]
     await asyncio.sleep(0.05)
     for seed in (3, 4, 5):
         model = random_model(seed)
         await learner.publish(model)
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while len(versions_of(engine.progress("lasting", start=0))) < 3:
+            await asyncio.sleep(0.005)
+    lasting.cancel()
     completions = await asyncio.gather(*tasks)
 
     for completion in completions:
-        versions = [run.policy_version for run in completion.version_runs]
+        versions = versions_of(completion)
         assert versions == sorted(set(versions)) and versions[0] >= first
         assert sum(run.num_tokens for run in completion.version_runs) == 200
         assert len(completion.behaviour_logprobs) == 200
-    assert any(len(completion.version_runs) >= 3 for completion in completions)
     await assert_serves(engine, model)
+
+
+def versions_of(completion: Completion | None) -> list[int]:
+    """In the order in which they sampled it."""
+    return [run.policy_version for run in completion.version_runs] if completion else []
 
 
 async def test_what_a_request_has_sampled_is_known_while_it_runs(
@@ -291,7 +311,7 @@ async def test_what_a_request_has_sampled_is_known_while_it_runs(
     await learner.publish(random_model(5))
     first = learner.version
     names = [f"running-{number}" for number in range(8)]
-    tasks = [sample(engine, name, max_completion_tokens=200) for name in names]
+    tasks = [sample(engine, name, max_completion_tokens=300) for name in names]
     updates = asyncio.create_task(learner.publish(random_model(6)))
     seen: list[list[Completion]] = [[] for _ in names]
     while not all(task.done() for task in tasks):
@@ -344,7 +364,7 @@ async def test_a_transfer_that_breaks_off_leaves_the_old_weights_and_the_next_wo
     group.broadcast(next(packed)[1])
     learner.leave()
     with pytest.raises(BroadcastError, match="a peer is gone"):
-        await engine.commit_update(learner.version, timeout_seconds=10)
+        await engine.commit_update(learner.version, timeout_seconds=PATIENCE_SECONDS)
 
     assert serving is not None
     assert engine.policy_version == serving
@@ -366,7 +386,9 @@ async def test_weights_with_another_checksum_than_was_sent_are_refused(
         manifest_of(new),
         bucket_bytes=BUCKET_BYTES,
     )
-    commit = engine.commit_update(learner.version, expected_checksum=1, timeout_seconds=10)
+    commit = engine.commit_update(
+        learner.version, expected_checksum=1, timeout_seconds=PATIENCE_SECONDS
+    )
     _, refusal = await asyncio.gather(sending, commit, return_exceptions=True)
     assert isinstance(refusal, BroadcastError) and "1 was sent" in str(refusal)
     await assert_serves(engine, random_model(7))
@@ -375,13 +397,12 @@ async def test_weights_with_another_checksum_than_was_sent_are_refused(
 
 async def test_an_abort_ends_the_wait_for_weights(engine: VllmEngine, learner: Learner) -> None:
     await learner.begin(random_model(8))
-    commit = asyncio.create_task(engine.commit_update(learner.version, timeout_seconds=30))
+    commit = asyncio.create_task(engine.commit_update(learner.version, timeout_seconds=3600))
     await asyncio.sleep(0.05)
-    started = time.monotonic()
-    await engine.abort_update()
-    with pytest.raises(BroadcastError, match="no transfer was started"):
-        await commit
-    assert time.monotonic() - started < 2
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        await engine.abort_update()
+        with pytest.raises(BroadcastError, match="no transfer was started"):
+            await commit
     learner.leave()
     await learner.publish(random_model(7))
     await assert_serves(engine, random_model(7))
@@ -399,7 +420,7 @@ async def test_weights_that_never_arrive_fail_at_the_deadline(
 
 async def test_a_group_that_never_forms_fails_at_the_deadline(engine: VllmEngine) -> None:
     store = open_store("127.0.0.1")
-    spec = GroupSpec(99, "gloo", "127.0.0.1", store.port, "lonely", 1, 2, 0.5)
+    spec = GroupSpec(99, "gloo", "127.0.0.1", store.port, "lonely", 1, 2, 1.5)
     running = sample(engine, "meanwhile")
     with pytest.raises(BroadcastError, match="could not join"):
         await engine.join_group(spec)
@@ -413,7 +434,7 @@ async def test_weights_of_another_model_stop_sampling_until_a_whole_version_arri
         def named_parameters(self, *args, **kwargs):  # type: ignore[no-untyped-def]
             yield from list(super().named_parameters(*args, **kwargs))[:-1]
 
-    running = sample(engine, "given-up", max_completion_tokens=250)
+    running = sample(engine, "given-up", max_completion_tokens=LASTING_TOKENS)
     await asyncio.sleep(0.01)
     with pytest.raises(EngineError, match=r"lacks 1 parameters, model\.norm\.weight"):
         await learner.publish(Incomplete(random_model(9).config))
@@ -451,13 +472,13 @@ async def test_a_late_replica_fetches_the_published_version_and_hands_in_a_group
     model, run_id, bounds = random_model(11), "late", Bounds(8, 1 << 20)
     given = replica_arguments("late", run_id=run_id, redis_url=redis_url)
     async with open_streams(
-        redis_url, run_id=run_id, prompts=bounds, groups=bounds, timeout_seconds=5.0
+        redis_url, run_id=run_id, prompts=bounds, groups=bounds, timeout_seconds=PATIENCE_SECONDS
     ) as streams:
         side = learner_side(
             streams,
             model=cast(Any, Trained(model)),
             bucket_bytes=BUCKET_BYTES,
-            timeout_seconds=30.0,
+            timeout_seconds=PATIENCE_SECONDS,
         )
         learner.version += 1
         await side.publisher.publish(learner.version)
@@ -474,7 +495,7 @@ async def test_a_late_replica_fetches_the_published_version_and_hands_in_a_group
                 metrics_address="127.0.0.1:0",
             )
         )
-        async with side.catching_up(), asyncio.timeout(60.0):
+        async with side.catching_up(), asyncio.timeout(PATIENCE_SECONDS):
             while not await streams.rollouts.peek():
                 await asyncio.sleep(0.02)
         assert side.serving == {"late": learner.version}
@@ -499,14 +520,14 @@ async def test_a_replica_whose_engine_stands_still_is_stuck_until_it_goes_on(
     os.kill(process.pid, signal.SIGSTOP)
     try:
         await scene.prompts.put(encode_prompt_group(make_prompt()))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while scene.sampler.report().stuck_seconds < 1:
                 await asyncio.sleep(0.05)
         sentence = scene.sampler.report().sentence
         assert re.fullmatch(r"samples 1 group, the oldest for \d+ s", sentence)
     finally:
         os.kill(process.pid, signal.SIGCONT)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not await scene.results():
             await asyncio.sleep(0.05)
     await scene.replica.handle(Event.DRAIN)
@@ -517,18 +538,19 @@ async def test_a_replica_whose_engine_stands_still_is_stuck_until_it_goes_on(
 async def test_kill_9_of_the_engine_makes_every_pending_call_raise(engine: VllmEngine) -> None:
     version = engine.policy_version
     assert version is not None
-    running = [sample(engine, f"k{i}", max_completion_tokens=200) for i in range(8)]
-    async with asyncio.timeout(10):
+    running = [sample(engine, f"k{i}", max_completion_tokens=LASTING_TOKENS) for i in range(8)]
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while engine.progress("k0", start=0) is None:
             await asyncio.sleep(0.005)
     (child,) = engine_processes(os.getpid())
     os.kill(child, signal.SIGKILL)
     pending = [*running, engine.leave_group(), engine.adopt_version(1)]
-    outcomes = await asyncio.wait_for(asyncio.gather(*pending, return_exceptions=True), 5)
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        outcomes = await asyncio.gather(*pending, return_exceptions=True)
     assert all(isinstance(outcome, EngineError) for outcome in outcomes)
     last = engine.progress("k0", start=0)
     assert last is not None and last.version_runs == (VersionRun(version, len(last.token_ids)),)
-    await asyncio.wait_for(engine.wait_until_dead(), 5)
+    await asyncio.wait_for(engine.wait_until_dead(), PATIENCE_SECONDS)
     assert not engine.is_alive
     with pytest.raises(EngineError):
         await sample(engine, "after-death")
@@ -558,7 +580,7 @@ def engine_processes(parent: int) -> list[int]:
 async def test_a_frozen_engine_is_killed_at_the_deadline_and_shutdown_leaves_no_process(
     model_path: Path,
 ) -> None:
-    settings = replace(settings_for(model_path), control_timeout_seconds=1.0)
+    settings = replace(settings_for(model_path), control_timeout_seconds=3.0)
     engine = await VllmEngine.start(settings)
     (child,) = engine_processes(os.getpid())
     await engine.adopt_version(3)
@@ -574,11 +596,11 @@ async def test_a_frozen_engine_is_killed_at_the_deadline_and_shutdown_leaves_no_
 async def test_shutdown_ends_running_requests_and_leaves_no_process(model_path: Path) -> None:
     engine = await VllmEngine.start(settings_for(model_path))
     await engine.adopt_version(3)
-    running = sample(engine, "running", max_completion_tokens=250)
+    running = sample(engine, "running", max_completion_tokens=LASTING_TOKENS)
     await asyncio.sleep(0.02)
     await engine.shutdown()
     with pytest.raises(EngineError):
-        await asyncio.wait_for(running, 5)
+        await asyncio.wait_for(running, PATIENCE_SECONDS)
     assert engine_processes(os.getpid()) == []
 
 
@@ -607,13 +629,13 @@ async def test_kill_9_of_the_front_end_leaves_no_engine(model_path: Path) -> Non
     )
     assert front_end.stdout is not None
     try:
-        line = await asyncio.wait_for(asyncio.to_thread(front_end.stdout.readline), 180)
+        line = await asyncio.wait_for(asyncio.to_thread(front_end.stdout.readline), 600)
         assert line == b"started\n"
         (child,) = engine_processes(front_end.pid)
     finally:
         front_end.kill()
         front_end.wait()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while Path(f"/proc/{child}").exists():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.05)

@@ -20,7 +20,7 @@ def random_model(seed: int) -> Qwen2ForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=512,
+        max_position_embeddings=4096,
         tie_word_embeddings=True,
         initializer_range=0.2,
         bos_token_id=None,

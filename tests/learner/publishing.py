@@ -32,7 +32,7 @@ from tests.rollout.simulated import STOP_TOKEN_IDS, SimulatedEngine, Simulation
 
 CANARY = array("I", [1, 2, 3])
 SWAP_SECONDS = 0.01
-TIMEOUT_SECONDS = 5.0
+TIMEOUT_SECONDS = 20.0
 
 RUN = """
 [run]
@@ -258,12 +258,12 @@ async def scene_of(streams: Streams, redis_url: str, **choices: Any) -> AsyncIte
 
 async def wait_for_lease(registry: Registry, name: str) -> None:
     """Wait until a replica of this name is there."""
-    async with asyncio.timeout(30.0):
+    async with asyncio.timeout(60.0):
         while name not in {member.name for member in await registry.members("rollout")}:
             await asyncio.sleep(0.01)
 
 
-async def until(condition: Callable[[], object], *, seconds: float = 30.0) -> None:
+async def until(condition: Callable[[], object], *, seconds: float = 60.0) -> None:
     """Wait until the condition holds."""
     async with asyncio.timeout(seconds):
         while not condition():

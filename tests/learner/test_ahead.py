@@ -6,7 +6,7 @@ import pytest
 
 from services.learner.ahead import made_ahead
 
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 120.0
 
 
 def test_the_first_is_used_while_the_others_are_made() -> None:

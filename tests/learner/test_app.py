@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +20,9 @@ from transformers import Qwen2Config
 from protos import learner_pb2 as pb
 from protos import learner_pb2_grpc as pb_grpc
 from services.learner.app import _until_told, run_rank
+from services.learner.batch import Batch
 from services.learner.measures import StepReport
+from services.learner.prepared import Prepared
 from shared.codec import decode_prompt_group, encode_scored_group
 from shared.config import parse_run
 from shared.config.environment import Environment
@@ -28,6 +30,7 @@ from shared.errors import PeerError, StreamError
 from shared.lease import Registry
 from shared.metrics.learner import LEARNER_LAST_STEP, LEARNER_STALLED, LEARNER_UNREWARDED
 from shared.process import ServiceArguments
+from shared.records import ScoredGroup
 from shared.redis_stream import Streams
 from shared.rpc import call, open_channel
 from shared.tokenizer import save_characters
@@ -56,7 +59,7 @@ async def test_a_finished_learner_stays_until_it_is_told_to_end() -> None:
     await asyncio.sleep(0)
     assert not staying.done()
     stop.set()
-    await asyncio.wait_for(staying, 5)
+    await asyncio.wait_for(staying, 60)
     lease.cancel()
 
 
@@ -66,7 +69,7 @@ async def test_a_finished_learner_ends_when_another_takes_its_name() -> None:
 
     lease = asyncio.create_task(lose())
     with pytest.raises(StreamError, match="another process"):
-        await asyncio.wait_for(_until_told(asyncio.Event(), lease), 5)
+        await asyncio.wait_for(_until_told(asyncio.Event(), lease), 60)
 
 
 class StandInEngine(SmallModel):
@@ -76,7 +79,10 @@ class StandInEngine(SmallModel):
         super().__init__(10)
         self.may_export = threading.Event()
 
-    def train(self, *args: Any, **kwargs: Any) -> StepReport:  # type: ignore[override]
+    def prepare(self, groups: Sequence[ScoredGroup], policy_version: int) -> Prepared:
+        return Prepared(Batch.of([], [], groups), (), b"", ())
+
+    def train_prepared(self, prepared: Prepared, *, step: int) -> StepReport:
         return StepReport({}, {}, {})
 
     def snapshot(self, *, copies: bool) -> Any:

@@ -121,27 +121,31 @@ async def test_a_replica_that_is_killed_and_started_again_soon_hands_in_a_group(
 async def test_one_that_was_left_behind_samples_nothing_new_until_it_is_brought_up(
     scene: Scene,
 ) -> None:
-    bad = await scene.start("rollout-0", Simulation(swap_seconds=0.5))
+    bad = await scene.start("rollout-0")
     await scene.publisher.publish(0)
     scene.model.train()
     bad.engine.hang_ups = MAX_FAILURES
     assert (await scene.publisher.publish(1)).failed == ("rollout-0",)
     assert bad.serves(0)  # it does not know yet
+    bad.engine.may_swap.clear()
     async with scene.learner.catching_up():
         await until(lambda: bad.replica.state is State.STALE)
         assert bad.replica.policy_version == 0
+        bad.engine.may_swap.set()
         await until(lambda: bad.serves(1))
     assert bad.holds(scene.model)
 
 
 async def test_what_is_published_during_a_catch_up_is_caught_up_with_next(scene: Scene) -> None:
+    await scene.publisher.publish(0)
+    slow = await scene.start("rollout-0")
+    slow.engine.may_swap.clear()
     async with scene.learner.catching_up():
-        await scene.publisher.publish(0)
-        slow = await scene.start("rollout-0", Simulation(swap_seconds=1.0))
-        await until(lambda: scene.learner.catch_up._streams)
+        await until(slow.engine.is_swapping.is_set)
         scene.model.train()
         publication = await scene.publisher.publish(1)
         assert (publication.served, publication.failed) == ((), ())
+        slow.engine.may_swap.set()
         await until(lambda: slow.serves(1))
         assert slow.holds(scene.model)
 
@@ -228,14 +232,14 @@ async def test_weights_with_another_checksum_are_neither_loaded_nor_served(scene
         version = scene.publisher.version
         assert version is not None
         with scene.learner.catch_up._offering(version) as ticket:
-            source = WeightSource(scene.learner.catch_up._address, ticket, 5.0)
+            source = WeightSource(scene.learner.catch_up._address, ticket, 60.0)
             await refitter.begin(peer, 0, version.manifest, source=source)
             wrong = replace(version, checksum=version.checksum ^ 1)
             with pytest.raises(PeerError, match="ABORTED"):
-                await refitter.commit(peer, wrong, wait_seconds=5.0)
+                await refitter.commit(peer, wrong, wait_seconds=60.0)
         serve = pb_rollout.ServeRequest(policy_version=0)
         with pytest.raises(PeerError, match="version 0 is not loaded"):
-            await peer.ask(peer.stub.Serve, serve, timeout_seconds=5.0)
+            await peer.ask(peer.stub.Serve, serve, timeout_seconds=60.0)
     assert (running.replica.state, running.engine.parameters) == (State.STALE, {})
     assert peer.policy_version is None
 
@@ -277,7 +281,7 @@ async def test_whose_lease_ends_is_not_waited_for_any_longer(
 async def test_a_catch_up_that_ended_is_not_served_any_more(scene: Scene) -> None:
     async with scene.learner.catching_up():
         await scene.publisher.publish(0)
-        source = WeightSource(scene.learner.catch_up._address, "of yesterday", 5.0)
+        source = WeightSource(scene.learner.catch_up._address, "of yesterday", 60.0)
         with pytest.raises(BroadcastError, match="NOT_FOUND: the ticket is not good any more"):
             await asyncio.to_thread(fetch_weights, source, (), bucket_bytes=1024)
 
@@ -295,7 +299,7 @@ async def test_a_stream_that_is_not_of_the_manifest_is_refused(
         version = scene.publisher.version
         assert version is not None
         with scene.learner.catch_up._offering(version) as ticket:
-            source = WeightSource(scene.learner.catch_up._address, ticket, 5.0)
+            source = WeightSource(scene.learner.catch_up._address, ticket, 60.0)
             with pytest.raises(BroadcastError, match=message):
                 await asyncio.to_thread(fetch_weights, source, manifest, bucket_bytes=1024)
 
@@ -303,14 +307,16 @@ async def test_a_stream_that_is_not_of_the_manifest_is_refused(
 async def test_a_commit_that_the_learner_gave_up_leaves_a_replica_that_knows_what_it_holds(
     scene: Scene,
 ) -> None:
-    running = await scene.start("rollout-0", Simulation(swap_seconds=2.0))
+    running = await scene.start("rollout-0")
     publisher = scene.publisher
     await publisher.publish(0)
     (peer,) = publisher.fleet.peers
+    running.engine.may_swap.clear()
     publishing = asyncio.create_task(publisher.publish(1))
-    await until(lambda: publisher.version and publisher.version.policy_version == 1)
-    await asyncio.sleep(0.5)  # into the swap
+    await until(running.engine.is_swapping.is_set)
     publishing.cancel()
+    await asyncio.sleep(0.2)  # the replica hears of it
+    running.engine.may_swap.set()
     await until(lambda: running.replica.policy_version == 1)
     assert running.replica.state is State.STALE
     assert peer.policy_version == 0

@@ -30,7 +30,7 @@ async def fleet(streams: Streams) -> AsyncIterator[Fleet]:
         host="127.0.0.1",
         backend="gloo",
         layout="pairs",
-        timeout_seconds=2.0,
+        timeout_seconds=20.0,
     )
     yield made
     await made.close()

@@ -286,7 +286,7 @@ async def test_while_dead_letters_are_full_the_loop_is_asked_and_may_stop(scene:
         assert await scene.dead.put(b"in the way")
     await scene.scored.put(b"poison")
     with pytest.raises(WaitedError):
-        await asyncio.wait_for(scene.take(count=1), 10.0)
+        await asyncio.wait_for(scene.take(count=1), 60.0)
     assert await scene.scored.peek() == [b"poison"]
     (letter, *_) = await scene.dead.claim("a person", count=1, wait_seconds=0.1)
     await scene.dead.acknowledge([letter.id])

@@ -5,17 +5,19 @@ import json
 import os
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from services.learner.batch import Batch
 from services.learner.checkpoint import MANIFEST, write_checkpoint
 from services.learner.evaluation import LawFit
 from services.learner.loop import Learner
 from services.learner.measures import StepReport
+from services.learner.prepared import Prepared
 from services.learner.progress import Progress
 from services.learner.publisher import Publication
 from services.learner.run_record import RunRecord
@@ -160,7 +162,7 @@ async def test_rows_that_the_disk_refused_are_in_the_checkpoint_and_in_the_resum
     await resumed._settle()
 
 
-async def test_while_a_step_is_computed_the_groups_of_the_next_are_read(
+async def test_while_a_step_is_computed_the_next_batch_is_read_and_prepared(
     redis_url: str, tmp_path: Path
 ) -> None:
     bounds, run_id = Bounds(8, 1 << 20), f"test-{secrets.token_hex(4)}"
@@ -171,25 +173,35 @@ async def test_while_a_step_is_computed_the_groups_of_the_next_are_read(
         scene = Scene(scored=real)
         await scene.arrive(*(make_scored(index) for index in range(4)))
         learner = learner_of(scene, tmp_path)
-        trained, loop = [], asyncio.get_running_loop()
+        prepared, trained = [], []
+        next_is_prepared = threading.Event()
 
-        async def until_read() -> None:
-            async with asyncio.timeout(PATIENCE_SECONDS):
-                while (await streams.scored.depth()).pending < 4:
-                    await asyncio.sleep(0.01)
+        def prepare(groups: Sequence[ScoredGroup], policy_version: int) -> Prepared:
+            batch = Batch.of([], [], groups)
+            prepared.append((indices(batch), policy_version))
+            if len(prepared) == 2:
+                next_is_prepared.set()
+            return Prepared(batch, (), b"", ())
 
-        def train(groups: list[ScoredGroup], *, step: int, policy_version: int) -> StepReport:
-            asyncio.run_coroutine_threadsafe(until_read(), loop).result()
-            trained.append([group.rollout.prompt.uid.index for group in groups])
+        def train(prepared: Prepared, *, step: int) -> StepReport:
+            assert next_is_prepared.wait(PATIENCE_SECONDS)
+            trained.append(indices(prepared.batch))
             return StepReport({}, {}, {})
 
-        engine: Any = SimpleNamespace(train=train)
+        engine: Any = SimpleNamespace(prepare=prepare, train_prepared=train)
         learner.engine, learner.on_engine, learner.streams = engine, asyncio.to_thread, streams
         await learner._step()
         assert (trained, learner.progress.policy_version) == ([[0, 1]], 1)
         assert scene.inbox.num_unacknowledged == 2  # of the next batch nothing is decided yet
-        assert await scene.take(policy_version=1) == [2, 3]
+        await learner._step()
+        assert trained == [[0, 1], [2, 3]]
+        assert prepared == [([0, 1], 0), ([2, 3], 1)]
+        learner.preparation.drop()
         await scene.inbox.close()
+
+
+def indices(batch: Batch) -> list[int]:
+    return [group.rollout.prompt.uid.index for group in batch.groups]
 
 
 async def test_a_full_stream_alone_is_no_reason_for_a_checkpoint(tmp_path: Path) -> None:

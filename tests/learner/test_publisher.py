@@ -197,7 +197,7 @@ async def test_a_slow_replica_holds_the_others_up_once_and_is_then_brought_up_by
     streams: Streams, redis_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with scene_of(
-        streams, redis_url, model=SmallModel(*[64] * 12), bucket_bytes=1, timeout_seconds=1.0
+        streams, redis_url, model=SmallModel(*[64] * 12), bucket_bytes=1, timeout_seconds=3.0
     ) as scene:
         good = await scene.start("good")
         slow = await scene.start("slow", Simulation(bucket_seconds=0.4))
@@ -205,7 +205,7 @@ async def test_a_slow_replica_holds_the_others_up_once_and_is_then_brought_up_by
         assert (publication.served, publication.failed) == (("good",), ("slow",))
         assert publication.retries == 0
         assert "left slow behind while receiving" in caplog.text
-        assert "slow peer: most others waited for it for 1 s in all" in caplog.text
+        assert "slow peer: most others waited for it for 3 s in all" in caplog.text
         for peer in scene.publisher.fleet.peers:
             peer.rests_until = 0.0
         publication = await scene.publisher.publish(1)
@@ -222,14 +222,14 @@ async def test_another_round_has_no_more_time_than_is_left_of_the_publication(
         redis_url,
         model=SmallModel(*[64] * 12),
         bucket_bytes=1,
-        timeout_seconds=2.0,
-        republish_seconds=1.0,
+        timeout_seconds=6.0,
+        republish_seconds=3.0,
     ) as scene:
         running = await scene.start("rollout-0", Simulation(bucket_seconds=0.4))
         running.engine.hang_ups = 1
         publication = await scene.publisher.publish(0)
         assert (publication.retries, publication.failed) == (1, ("rollout-0",))
-    assert re.search(r"slow peer: not through after [01]\.\d s", caplog.text)
+    assert re.search(r"slow peer: not through after [0-3]\.\d s", caplog.text)
 
 
 async def test_the_phases_of_a_publication_are_told_apart(scene: Scene) -> None:
@@ -279,13 +279,13 @@ async def test_a_restarted_process_takes_its_name_and_the_old_one_must_stop(
     streams: Streams,
 ) -> None:
     registry = Registry(streams.client, prefix=streams.prefix)
-    addresses = {"address": "h:1", "metrics_address": "h:2", "seconds": 0.3}
+    addresses = {"address": "h:1", "metrics_address": "h:2", "seconds": 3.0}
     async with (
         registry.hold("rollout", "same", **addresses) as old,  # type: ignore[arg-type]
         registry.hold("rollout", "same", **addresses) as new,  # type: ignore[arg-type]
     ):
         with pytest.raises(StreamError, match="another process holds the name 'same'"):
-            await asyncio.wait_for(old, 5.0)
+            await asyncio.wait_for(old, 60.0)
         assert not new.done()
         assert [member.name for member in await registry.members("rollout")] == ["same"]
 
@@ -297,6 +297,6 @@ async def test_a_lease_runs_out_when_its_holder_is_gone(streams: Streams) -> Non
         "verifier", name, address="h:1", metrics_address="h:2", seconds=0.2
     ) as task:
         task.cancel()
-        async with asyncio.timeout(5.0):
+        async with asyncio.timeout(60.0):
             while await registry.members("verifier"):
                 await asyncio.sleep(0.01)

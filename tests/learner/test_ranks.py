@@ -24,7 +24,7 @@ from tests.forked import Forked
 from tests.integration.rank_processes import free_port
 
 GIVING = timedelta(seconds=0.5)
-NOT_YET_SECONDS = 60.0
+NOT_YET_SECONDS = 480.0
 
 
 def give_to_one_that_takes_nothing(rank: int, port: int) -> None:

@@ -15,12 +15,12 @@ from services.learner.checkpoint import newest_checkpoint
 from services.learner.progress import Progress
 from services.learner.saver import Saver, unanswered
 from shared.config.services import CheckpointConfig
-from shared.errors import CheckpointError
+from shared.errors import CheckpointError, EngineError
 from shared.metrics.learner import LEARNER_CHECKPOINTS
 from tests.factories import make_scored
 from tests.learner.test_inbox import Scene
 
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 120.0
 
 
 @dataclass
@@ -213,3 +213,39 @@ async def test_the_best_checkpoint_stays_beside_the_newest(tmp_path: Path) -> No
             await run.saver.save({}, scores={1: 0.1, 2: 0.7, 3: 0.5})
         await run.saver.settle()
         assert run.steps() == [2, 4, 5]
+
+
+@dataclass
+class Lost(Taken):
+    """A rank is gone while it writes."""
+
+    def write(self, folder: Path) -> None:
+        raise EngineError("amid a checkpoint another rank is gone")
+
+
+async def test_who_asked_is_answered_also_when_a_rank_is_gone(tmp_path: Path) -> None:
+    loop = asyncio.get_running_loop()
+    asked: asyncio.Future[Path] = loop.create_future()
+    async with saving(tmp_path, Lost()) as run:
+        run.progress.checkpoint_requests.append(asked)
+        await run.save(1)
+        with pytest.raises(EngineError, match="amid a checkpoint"):
+            await run.saver.settle()
+    assert isinstance(asked.exception(), CheckpointError)
+
+
+async def test_who_asked_is_answered_also_when_the_run_ends_meanwhile(tmp_path: Path) -> None:
+    loop, taken = asyncio.get_running_loop(), open_taken()
+    asked: asyncio.Future[Path] = loop.create_future()
+    waits: asyncio.Future[Path] = loop.create_future()
+    async with saving(tmp_path, taken, Lost()) as run:
+        run.progress.checkpoint_requests.append(asked)
+        await run.save(1)
+        await run.saver.close()
+        assert asked.result() == tmp_path / "step-000001"
+        await run.saver.settle()
+        await run.save(2)
+        run.progress.checkpoint_requests.append(waits)
+        with pytest.raises(EngineError):
+            await run.save(3)
+        assert run.progress.checkpoint_requests == [waits]  # whom the run's end answers

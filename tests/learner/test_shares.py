@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from services.learner.balance import rows_by_rank
 from services.learner.batch import Batch, build_batch, collate
 from services.learner.shares import pack_rows, pack_tokens, unpack_rows, with_tokens
 from shared.records import VersionRun
@@ -33,7 +34,8 @@ def test_what_all_ranks_are_told_of_a_batch_plans_and_weighs_it_alike() -> None:
     assert told.minibatches == batch.minibatches
     for name in ("mask", "advantages", "uid_hashes"):
         assert torch.equal(getattr(told, name), getattr(batch, name)), name
-    assert trainer.shares(told) == trainer.shares(batch) == [list(range(len(batch.rows)))]
+    assert trainer.plan(told) == trainer.plan(batch)
+    assert rows_by_rank(trainer.plan(told), 1) == [list(range(len(batch.rows)))]
     assert not bool(told.behaviour_logprobs.any() or told.staleness.any())
 
 
@@ -60,4 +62,4 @@ def test_a_batch_without_a_usable_completion_is_told_as_well() -> None:
     batch = build_batch([], run_config(), policy_version=0)
     told = unpack_rows(pack_rows(batch))
     assert (told.rows, told.minibatches) == ((), ())
-    assert make_trainer(run_config()).shares(told) == [[]]
+    assert make_trainer(run_config()).plan(told) == ()

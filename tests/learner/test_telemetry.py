@@ -138,7 +138,7 @@ async def test_the_gauges_of_the_server_show_memory_and_a_disk_that_refuses(tmp_
     bounds = Bounds(8, 1000)
     with embedded_redis(tmp_path) as url:
         async with open_streams(
-            url, run_id="r", prompts=bounds, groups=bounds, timeout_seconds=5.0
+            url, run_id="r", prompts=bounds, groups=bounds, timeout_seconds=60.0
         ) as streams:
             await observe_queues(streams)
             assert REDIS_MEMORY.labels(kind="used")._value.get() > 100_000

@@ -179,7 +179,7 @@ def test_a_killed_training_leaves_no_half_folder(tmp_path: Path) -> None:
     given = (make_config(num_steps=100_000), tmp_path / "model", reports)
     process = FORKED.Process(target=report_to_queue, args=given, daemon=True)
     process.start()
-    assert reports.get(timeout=60.0).step == 10
+    assert reports.get(timeout=240.0).step == 10
     process.kill()
     process.join(60.0)
     assert process.exitcode == -signal.SIGKILL

@@ -55,11 +55,12 @@ async def there(streams: Streams, role: Any, name: str) -> AsyncIterator[None]:
 
 
 async def said(streams: Streams, *, missing: int = 3, policy_version: int = 9) -> str:
+    """The sentence; how long it took until now is left aside."""
     progress = Progress(step=40, policy_version=policy_version)
     with progress.awaiting("batch 41", 8):
         progress.still_awaits(missing)
         await watchdog_of(streams, progress).look()
-        return progress.sentence
+        return re.sub(r"for \d+ s", "for N s", progress.sentence)
 
 
 async def test_the_verifier_that_has_the_groups_is_named(streams: Streams) -> None:
@@ -67,9 +68,9 @@ async def test_the_verifier_that_has_the_groups_is_named(streams: Streams) -> No
         await streams.rollouts.put(b"x")
     async with there(streams, "verifier", "verifier-2"):
         await streams.rollouts.claim("verifier-2", count=3, wait_seconds=0.1)
-        assert await said(streams) == "waits for batch 41: 3 of 8 groups are at verifier-2 for 0 s"
+        assert await said(streams) == "waits for batch 41: 3 of 8 groups are at verifier-2 for N s"
         assert await said(streams, missing=5) == (
-            "waits for batch 41: 5 of 8 groups are missing; 3 are at verifier-2 for 0 s"
+            "waits for batch 41: 5 of 8 groups are missing; 3 are at verifier-2 for N s"
         )
 
 
@@ -80,10 +81,10 @@ async def test_the_replica_that_has_the_groups_is_named_with_what_it_serves(
         await streams.prompts.put(b"x")
     async with there(streams, "rollout", "rollout-0"):
         await streams.prompts.claim("rollout-0", count=3, wait_seconds=0.1)
-        expected = "3 of 8 groups are at rollout-0 for 0 s, which serves version 7 of 9"
+        expected = "3 of 8 groups are at rollout-0 for N s, which serves version 7 of 9"
         assert await said(streams) == f"waits for batch 41: {expected}"
         assert await said(streams, policy_version=7) == (
-            "waits for batch 41: 3 of 8 groups are at rollout-0 for 0 s"
+            "waits for batch 41: 3 of 8 groups are at rollout-0 for N s"
         )
 
 
@@ -110,7 +111,7 @@ async def test_an_empty_redis_is_named(streams: Streams) -> None:
 
 
 async def until(holds: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(20.0):
+    async with asyncio.timeout(60.0):
         while not await holds():
             await asyncio.sleep(0.02)
 
@@ -122,7 +123,7 @@ async def test_a_redis_that_stands_still_is_named_and_so_is_the_culprit_after_it
     with embedded_redis(tmp_path) as url:
         bounds = Bounds(8, 1000)
         async with open_streams(
-            url, run_id="r", prompts=bounds, groups=bounds, timeout_seconds=5.0
+            url, run_id="r", prompts=bounds, groups=bounds, timeout_seconds=60.0
         ) as streams:
             server = int((await streams.client.info("server"))["process_id"])
             progress = Progress()
@@ -158,7 +159,7 @@ async def test_no_step_for_too_long_is_said_once_a_bound_with_the_sentence(
 
     with progress.awaiting("batch 41", 8) as awaited:
         progress.explain(awaited, "waits for batch 41: 3 of 8 groups are at verifier-2 for 300 s")
-        judged = [judge(age) for age in (10, 299, 301, 302, 590, 601)]
+        judged = [judge(age) for age in (10, 290, 301, 302, 590, 601)]
     assert judged == [(False, 0), (False, 0), (True, 1), (True, 1), (True, 1), (True, 1)]
     warnings = [each.getMessage() for each in caplog.records if each.levelno == logging.WARNING]
     assert [text.partition(":")[0] for text in warnings] == [
@@ -179,16 +180,16 @@ async def test_the_replica_that_an_update_waits_for_is_named_and_is_to_blame(
     progress.enter("publishes version 8")
     progress.since -= 30
     for seconds, sentence, is_stuck in [
-        (1.0, "publishes version 8, 30 s", True),
-        (28.0, "publishes version 8, 30 s; rollout-1 has not answered for 28 s", False),
+        (1.0, r"publishes version 8, 3\d s", True),
+        (28.0, r"publishes version 8, 3\d s; rollout-1 has not answered for 28 s", False),
     ]:
         unanswered.update({"rollout-0": 0.5, "rollout-1": seconds})
         await watchdog.look()
-        assert progress.sentence == sentence
+        assert re.fullmatch(sentence, progress.sentence)
         assert (progress.report().stuck_seconds > 0) == is_stuck
     progress.enter("waits for batch 9", is_waiting=True)
     await watchdog.look()
-    assert progress.sentence == "waits for batch 9, 0 s"
+    assert re.fullmatch(r"waits for batch 9, \d+ s", progress.sentence)
 
 
 async def test_a_pause_and_the_end_of_a_run_are_no_stall(streams: Streams) -> None:
@@ -232,14 +233,14 @@ async def test_waiting_for_others_stalls_the_run_but_only_its_own_work_the_learn
         health: Any = health_pb2_grpc.HealthStub(channel)
 
         async def status() -> Any:
-            return await stub.GetStatus(pb.GetLearnerStatusRequest(), timeout=10.0)
+            return await stub.GetStatus(pb.GetLearnerStatusRequest(), timeout=60.0)
 
         async def is_stalled() -> bool:
             return bool((await status()).is_stalled)
 
         async def is_sick() -> bool:
             request = health_pb2.HealthCheckRequest(service=PROGRESS)
-            return bool((await health.Check(request, timeout=10.0)).status == NOT_SERVING)
+            return bool((await health.Check(request, timeout=60.0)).status == NOT_SERVING)
 
         async with watchdog.watching(server):
             with progress.awaiting("batch 3", 8):
