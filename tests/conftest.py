@@ -7,14 +7,14 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from shared.redis_server import embedded_redis
 from shared.redis_stream import Streams, open_streams
 from shared.stream import Bounds
 
 # A busy machine is no failure.
-settings.register_profile("unhurried", deadline=None)
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")
 
 
@@ -46,6 +46,6 @@ async def streams(redis_url: str) -> AsyncIterator[Streams]:
         run_id=f"test-{secrets.token_hex(4)}",
         prompts=Bounds(8, 1000),
         groups=Bounds(8, 1000),
-        timeout_seconds=5.0,
+        timeout_seconds=60.0,
     ) as opened:
         yield opened

@@ -18,7 +18,7 @@ from shared.stream import Bounds
 pytestmark = pytest.mark.integration
 
 RUN = "copied"
-SECONDS = 30.0
+SECONDS = 120.0
 ROOM = Bounds(100, 1 << 20)
 
 

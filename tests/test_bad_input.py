@@ -43,7 +43,7 @@ def up(
         capture_output=True,
         text=True,
         env=environment,
-        timeout=60,
+        timeout=240,
     )
 
 
@@ -63,7 +63,8 @@ def test_a_missing_model_folder(tmp_path: Path) -> None:
 
 
 def test_a_redis_that_cannot_be_reached(tmp_path: Path) -> None:
-    ended = up(tmp_path, "[warmup]", redis_url="redis://:secret@127.0.0.1:1/0")
+    rest = "[warmup]\n[network]\ncall_timeout_seconds = 1.0"
+    ended = up(tmp_path, rest, redis_url="redis://:secret@127.0.0.1:1/0")
     assert_refused(ended, 1, "redis.url = 'redis://:***@127.0.0.1:1/0': no answer", tmp_path)
 
 

@@ -58,7 +58,7 @@ def receive_and_report(
 def join_and_freeze(spec: GroupSpec, joined: multiprocessing.Queue[Any]) -> None:
     group = open_group(spec)
     joined.put(True)
-    time.sleep(60)
+    time.sleep(600)
     group.close()
 
 
@@ -103,24 +103,30 @@ def test_a_killed_peer_fails_alone_and_at_once() -> None:
         report = send_weights(
             [dying_group, healthy_group], tensors.items(), manifest, bucket_bytes=BUCKET_BYTES
         )
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 30
         assert set(report.failed) == {dying_group}
         assert "epoch 1, group 'killed'" in str(report.failed[dying_group])
         assert receiving.result(60).checksum == report.checksum
         healthy_group.close()
 
 
+def hurry(group: BroadcastGroup, seconds: float) -> None:
+    """From now on it waits no longer for a bucket; what it took to join was another matter."""
+    group.spec = replace(group.spec, timeout_seconds=seconds)
+
+
 def test_a_silent_peer_fails_at_the_deadline() -> None:
-    with pair("silent", timeout_seconds=1) as (spec, join), ThreadPoolExecutor() as threads:
+    with pair("silent", timeout_seconds=60) as (spec, join), ThreadPoolExecutor() as threads:
         silent = threads.submit(open_group, spec)
         group = join()
+        hurry(group, 1)
         started = time.monotonic()
         with pytest.raises(BroadcastError, match="epoch 1, group 'silent'"):
             # Larger than what a socket takes without its peer reading: gloo's send must wait.
             group.broadcast(torch.zeros(64 << 20, dtype=torch.uint8))
-        assert time.monotonic() - started < 4
+        assert time.monotonic() - started < 30
         group.close()
-        silent.result(5).close()
+        silent.result(60).close()
 
 
 def test_the_groups_of_a_process_share_a_few_threads_that_watch_the_wire() -> None:
@@ -145,7 +151,7 @@ def test_a_peer_that_never_joins_fails_at_the_deadline() -> None:
         started = time.monotonic()
         with pytest.raises(BroadcastError, match="rank 0 of 2 could not join group 'absent'"):
             join()
-        assert time.monotonic() - started < 4
+        assert time.monotonic() - started < 30
         unreachable = replace(spec, store_port=1)
         with pytest.raises(BroadcastError, match="could not join"):
             open_group(unreachable)
@@ -166,7 +172,7 @@ def test_closing_ends_ones_own_wait_and_the_peers() -> None:
         waiting = threads.submit(receive_weights, receiver, manifest, bucket_bytes=BUCKET_BYTES)
         threading.Timer(0.1, receiver.close).start()
         with pytest.raises(BroadcastError, match="closed during a broadcast"):
-            waiting.result(5)
+            waiting.result(60)
         sender.close()
         with pytest.raises(BroadcastError, match="is closed"):
             sender.broadcast(torch.zeros(4, dtype=torch.uint8))
@@ -183,7 +189,7 @@ def test_a_transfer_that_breaks_off_fails_at_once_in_the_receiver() -> None:
         sender.broadcast(next(packed)[1])
         sender.close()
         with pytest.raises(BroadcastError, match="a peer is gone"):
-            receiving.result(5)
+            receiving.result(60)
 
 
 def test_every_worker_has_a_pair_of_its_own_with_gloo_and_a_rank_of_its_own_with_nccl() -> None:
@@ -204,14 +210,12 @@ def test_a_wrong_group_is_refused(wrong: dict[str, Any]) -> None:
 
 
 @contextmanager
-def joined_pairs(
-    *keys: str, timeout_seconds: float = 60
-) -> Iterator[list[tuple[BroadcastGroup, BroadcastGroup]]]:
+def joined_pairs(*keys: str) -> Iterator[list[tuple[BroadcastGroup, BroadcastGroup]]]:
     """Sender and receiver of each group, both in this process."""
     with ExitStack() as stack, ThreadPoolExecutor() as threads:
         pairs = []
         for key in keys:
-            spec, join = stack.enter_context(pair(key, timeout_seconds=timeout_seconds))
+            spec, join = stack.enter_context(pair(key, timeout_seconds=60))
             joining = threads.submit(open_group, spec)
             pairs.append((join(), joining.result(60)))
         try:
@@ -315,18 +319,19 @@ def receive_slowly(group: BroadcastGroup, manifest: Manifest, *, seconds: float)
 
 
 def test_a_peer_that_is_never_silent_but_slow_holds_the_others_up_only_for_its_timeout() -> None:
-    manifest = large_manifest(6)
+    manifest = large_manifest(12)
     tensors = random_tensors(manifest)
     with (
-        joined_pairs("slow", timeout_seconds=0.5) as [(slow, crawling)],
+        joined_pairs("slow") as [(slow, crawling)],
         joined_pairs("quick") as [(quick, receiver)],
         ThreadPoolExecutor() as threads,
     ):
+        hurry(slow, 1.5)
         threads.submit(receive_slowly, crawling, manifest, seconds=0.2)
         receiving = threads.submit(receive_weights, receiver, manifest, bucket_bytes=1)
         report = send_weights([slow, quick], tensors.items(), manifest, bucket_bytes=1)
         assert set(report.failed) == {slow}
-        assert "slow peer: most others waited for it for 0.5 s" in str(report.failed[slow])
+        assert "slow peer: most others waited for it for 1.5 s" in str(report.failed[slow])
         assert report.failed[slow].status == SLOW
         assert receiving.result(60).checksum == report.checksum
         crawling.close()
@@ -336,7 +341,7 @@ def test_a_transfer_ends_at_its_limit_though_every_bucket_is_within_its_own() ->
     manifest = large_manifest(6)
     tensors = random_tensors(manifest)
     with (
-        joined_pairs("slow", timeout_seconds=5) as [(slow, crawling)],
+        joined_pairs("slow") as [(slow, crawling)],
         ThreadPoolExecutor() as threads,
     ):
         threads.submit(receive_slowly, crawling, manifest, seconds=0.12)

@@ -393,7 +393,7 @@ def test_a_service_refuses_a_bad_run_file_with_exit_code_two(service: str, tmp_p
         [sys.executable, "-m", f"services.{service}", "--config", str(bad)],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=240,
     )
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1].startswith(f"error: {bad}: warmup.foo = 1: unknown key")

@@ -58,8 +58,8 @@ async def test_two_that_give_one_entry_up_make_one_letter(pair: Pair) -> None:
 async def test_a_letter_is_put_back_once_whoever_asks_how_often(pair: Pair) -> None:
     source, dead = pair
     entry = await buried(pair)
-    await asyncio.gather(*(put_back(entry, dead, source, timeout_seconds=5.0) for _ in range(5)))
-    await put_back(entry, dead, source, timeout_seconds=5.0)
+    await asyncio.gather(*(put_back(entry, dead, source, timeout_seconds=60.0) for _ in range(5)))
+    await put_back(entry, dead, source, timeout_seconds=60.0)
     (again,) = await source.claim("two", count=9, wait_seconds=0.1)
     assert (again.payload, again.deliveries) == (b"poison", 1)
     assert await dead.depth() == Depth(0, 0)

@@ -221,7 +221,7 @@ async def test_every_operation_goes_on_with_a_stream_that_was_wiped(server: Serv
             found = await ask()
             assert not found or found == Depth(0, 0)
             assert await stream.put(b"after")
-            (entry,) = await stream.claim("one", count=1, wait_seconds=5.0)
+            (entry,) = await stream.claim("one", count=1, wait_seconds=60.0)
             assert entry.payload == b"after"
             await stream.acknowledge([entry.id])
 
@@ -255,7 +255,7 @@ async def test_a_cancelled_caller_ends_however_the_server_comes_and_goes(server:
                     await server.start()
                 task.cancel()
                 await asyncio.sleep(0.002)
-            _, left = await asyncio.wait(tasks, timeout=20.0)
+            _, left = await asyncio.wait(tasks, timeout=60.0)
             for task in left:
                 task.cancel()
             assert not left

@@ -164,7 +164,7 @@ async def lossy(streams: Streams, redis_url: str) -> AsyncIterator[tuple[LossyLi
             run_id=run_id,
             prompts=ROOM,
             groups=ROOM,
-            timeout_seconds=5.0,
+            timeout_seconds=60.0,
         ) as seen,
     ):
         await seen.scored.put(b"loads the scripts")
@@ -278,7 +278,7 @@ class Server:
             self._process = subprocess.Popen(
                 [*self._prepared.command, "--appendfsync", "always"], stdout=log, stderr=log
             )
-        await until_redis_answers(self.url, timeout_seconds=20.0)
+        await until_redis_answers(self.url, timeout_seconds=60.0)
 
     def kill(self) -> None:
         if self._process is not None:
@@ -313,7 +313,7 @@ async def test_a_server_killed_amid_puts_and_finishes_loses_nothing_and_repeats_
     count, kills = 1000, 3
     payloads = [b"%d" % number * (number % 50 + 1) for number in range(count)]
     async with open_streams(
-        server.url, run_id="r", prompts=ROOM, groups=WIDE, timeout_seconds=5.0
+        server.url, run_id="r", prompts=ROOM, groups=WIDE, timeout_seconds=60.0, retries=50
     ) as streams:
 
         async def produce(first: int) -> None:
@@ -361,7 +361,7 @@ async def length(stream: Stream) -> int:
 async def test_bytes_and_bounds_are_the_same_after_a_restart(server: Server) -> None:
     await server.start()
     async with open_streams(
-        server.url, run_id="r", prompts=ROOM, groups=ROOM, timeout_seconds=5.0
+        server.url, run_id="r", prompts=ROOM, groups=ROOM, timeout_seconds=60.0
     ) as streams:
         await streams.prompts.put(b"x" * 300)
         await streams.prompts.put(b"x" * 700, once="call")
@@ -378,7 +378,7 @@ async def test_a_server_without_memory_refuses_producers_and_lets_consumers_make
 ) -> None:
     await server.start()
     async with open_streams(
-        server.url, run_id="r", prompts=WIDE, groups=WIDE, timeout_seconds=5.0
+        server.url, run_id="r", prompts=WIDE, groups=WIDE, timeout_seconds=60.0
     ) as streams:
         for _ in range(50):
             await streams.prompts.put(b"x" * 10_000)

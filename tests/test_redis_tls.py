@@ -24,7 +24,7 @@ from tests.certificates import Authority, write_credentials
 
 pytestmark = pytest.mark.integration
 
-SECONDS = 30.0
+SECONDS = 120.0
 PAST = {"valid_from": timedelta(days=-2), "valid_until": timedelta(days=-1)}
 
 

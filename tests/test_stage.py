@@ -55,11 +55,11 @@ async def at_work(
     finally:
         stop.set()
         await running
-        await stage.finish(timeout_seconds=5.0)
+        await stage.finish(timeout_seconds=60.0)
 
 
 async def until(holds: Callable[[], Awaitable[Collection[object]]]) -> None:
-    async with asyncio.timeout(10.0):
+    async with asyncio.timeout(60.0):
         while not await holds():
             await asyncio.sleep(0.005)
 
@@ -175,7 +175,7 @@ async def test_entries_that_are_given_back_are_let_go_and_no_others(three: Three
         await source.put(payload)
     await source.claim("one", count=3, wait_seconds=0.1)  # left when this name last died
     async with at_work(three, work, max_in_flight=2) as stage:
-        async with asyncio.timeout(10.0):
+        async with asyncio.timeout(60.0):
             while len(begun) < 2:
                 await asyncio.sleep(0.005)
         stage.max_in_flight = 1  # it claims nothing meanwhile
@@ -209,7 +209,7 @@ async def test_a_full_stream_of_dead_letters_loses_none(three: Three) -> None:
         async def is_moved() -> bool:
             return not await source.peek()
 
-        async with asyncio.timeout(10.0):
+        async with asyncio.timeout(60.0):
             while not await is_moved():
                 await asyncio.sleep(0.005)
     assert decode_dead_letter((await dead.peek())[-1]).payload == b"poison"
@@ -225,7 +225,7 @@ async def test_the_number_in_work_follows_a_limit_that_changes(three: Three) -> 
         return entry.payload
 
     async def are_begun(count: int) -> None:
-        async with asyncio.timeout(10.0):
+        async with asyncio.timeout(60.0):
             while len(ends) < count:
                 await asyncio.sleep(0.005)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 import pytest
@@ -53,7 +54,7 @@ async def test_entries_come_out_in_the_order_they_went_in(pair: tuple[Stream, St
 
 async def test_a_claim_waits_for_an_entry_that_comes_late(pair: tuple[Stream, Stream]) -> None:
     stream, _ = pair
-    claim = asyncio.create_task(stream.claim("one", count=1, wait_seconds=5.0))
+    claim = asyncio.create_task(stream.claim("one", count=1, wait_seconds=60.0))
     await asyncio.sleep(0)
     await stream.put(b"late")
     assert [entry.payload for entry in await claim] == [b"late"]
@@ -393,7 +394,7 @@ async def test_a_producer_waits_for_room_and_counts_the_wait(pair: tuple[Stream,
         await asyncio.sleep(0.01)
     entries = await stream.claim("one", count=1, wait_seconds=0.1)
     await stream.acknowledge([entries[0].id])
-    await asyncio.wait_for(putting, 5.0)
+    await asyncio.wait_for(putting, 60.0)
     assert (await stream.peek())[-1] == b"late"
     assert sum(waited) > 0
 
@@ -413,10 +414,11 @@ async def test_who_waits_for_room_gives_up_at_the_deadline_and_says_why(
         ),
     ):
         waits.clear()
+        began = time.monotonic()
         with pytest.raises(StreamError, match=r"rollouts is full, and was for 0\.12 s") as refused:
-            await asyncio.wait_for(waiting, 5.0)
+            await asyncio.wait_for(waiting, 60.0)
         assert refused.value.status == "DEADLINE_EXCEEDED"
-        assert 0.01 < sum(waits) < 0.5
+        assert 0.01 < sum(waits) <= time.monotonic() - began
     assert await output.peek() == [b"x" * 1000]
     assert await stream.depth() == Depth(waiting=0, pending=1)
 
@@ -430,7 +432,7 @@ async def test_a_consumer_waits_for_room_in_its_output(pair: tuple[Stream, Strea
     finishing = asyncio.create_task(finish_when_room(stream, entry, output=output, payload=b"out"))
     taken = await output.claim("two", count=1, wait_seconds=0.1)
     await output.acknowledge([taken[0].id])
-    await asyncio.wait_for(finishing, 5.0)
+    await asyncio.wait_for(finishing, 60.0)
     assert (await output.peek())[-1] == b"out"
 
 

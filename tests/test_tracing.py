@@ -87,7 +87,7 @@ async def running(work: Any) -> AsyncIterator[None]:
 
 
 async def filled(stream: MemoryStream) -> None:
-    async with asyncio.timeout(20.0):
+    async with asyncio.timeout(60.0):
         while not (await stream.depth()).waiting:
             await asyncio.sleep(0.001)
 
@@ -173,7 +173,7 @@ async def test_a_publication_s_calls_are_spans_of_one_trace_on_both_sides(
     ):
         method: Callable[..., Any] = channel.unary_unary("/test.Test/Do")
         with tracing.span("publish", policy_version=3):
-            await call(method, b"", peer="rollout-0", timeout_seconds=20.0)
+            await call(method, b"", peer="rollout-0", timeout_seconds=60.0)
     names = ("publish", "bytes", "/test.Test/Do")
     spans = [collector.named("isentrope-learner", name) for name in names]
     assert len({span.trace_id for span in spans}) == 1

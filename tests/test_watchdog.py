@@ -32,12 +32,12 @@ async def server() -> AsyncIterator[RpcServer]:
 async def health(server: RpcServer, name: str) -> int:
     async with open_channel(f"127.0.0.1:{server.port}") as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
-        answer = await stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=10.0)
+        answer = await stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=60.0)
         return int(answer.status)
 
 
 async def until_health(server: RpcServer, wanted: int) -> None:
-    async with asyncio.timeout(20.0):
+    async with asyncio.timeout(60.0):
         while await health(server, PROGRESS) != wanted:
             await asyncio.sleep(0.01)
 
@@ -114,6 +114,6 @@ async def test_who_waits_for_others_is_well_however_long(
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10.0):
+    async with asyncio.timeout(60.0):
         while not holds():
             await asyncio.sleep(0.005)

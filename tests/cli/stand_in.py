@@ -2,9 +2,10 @@
 
     python stand_in.py ROLE NAME RUN_FOLDER [behaviour ...]
 
-Behaviours: `all=N` begin once N stand-ins are up; `steps=N` write that many rows, then end;
-`seconds=S` between rows; `die=STATUS` end with it after printing 30 lines; `refuse` end with 2 at
-once; `mute` never hold a lease; `stubborn` ignore SIGTERM; `child` start a process that does.
+Behaviours: `all=N` begin once N stand-ins are up; `asked=N` and once a learner was asked for its
+status N times more; `steps=N` write that many rows, then end; `seconds=S` between rows;
+`die=STATUS` end with it after printing 30 lines; `refuse` end with 2 at once; `mute` never hold a
+lease; `stubborn` ignore SIGTERM; `child` start a process that does.
 
 What it does is noted in RUN_FOLDER/events, which the tests read.
 """
@@ -36,8 +37,10 @@ SLEEPER = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); t
 
 class Learner(learner_pb2_grpc.LearnerServicer):
     step = 0
+    times_asked = 0
 
     async def GetStatus(self, request: Any, context: Any) -> Any:
+        self.times_asked += 1
         return learner_pb2.GetLearnerStatusResponse(
             step=self.step,
             num_steps=3,
@@ -128,6 +131,10 @@ class StandIn:
     async def work(self) -> int:
         while self.num_up() < int(self.options.get("all", 0)) and not self.stop.is_set():
             await self.pause(0.05)
+        if "asked" in self.options:
+            wanted = self.servicer.times_asked + int(self.options["asked"])
+            while self.servicer.times_asked < wanted and not self.stop.is_set():
+                await self.pause(0.05)
         if "steps" in self.options:
             await self.train()
         elif "die" in self.options:

@@ -63,7 +63,7 @@ def with_streams(folder: RunFolder, do: Callable[[Streams], Awaitable[Answer]]) 
             run_id=folder.run_id,
             prompts=ROOM,
             groups=ROOM,
-            timeout_seconds=5.0,
+            timeout_seconds=60.0,
         ) as streams:
             return await do(streams)
 

@@ -74,8 +74,6 @@ group_size = 2
 every_steps = 3
 [redis]
 reclaim_seconds = 2.0
-[network]
-lease_seconds = 2.0
 """
 GROUPS_PER_BATCH = 4
 EVALUATED_EVERY = 3
@@ -148,6 +146,15 @@ class Up:
 
     def until_says(self, text: str) -> None:
         self.until(lambda: text in self.printed, f"{text!r}")
+
+    def until_serving(self, replicas: Set[str]) -> None:
+        """Until the learner has confirmed that all of them serve some version."""
+
+        def are_serving() -> bool:
+            told = dict(self.learner_status().replicas)
+            return {name for name, says in told.items() if says.startswith("serves")} == replicas
+
+        self.until(are_serving, f"{', '.join(sorted(replicas))} to serve")
 
     def wait(self, status: int) -> None:
         """Wait for the end; fails unless it comes with this exit status."""
@@ -230,9 +237,13 @@ class Up:
         return text
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """The learner between two steps, and nothing changing."""
+    def paused(self, *, after_step: int | None = None) -> Iterator[None]:
+        """The learner between two steps, at once or after this one, and nothing changing."""
         with self.learner() as learner:
+            # Connected by then, so that the order comes long before the run's end.
+            learner.GetStatus(learner_pb.GetLearnerStatusRequest(), timeout=CALL_SECONDS)
+            if after_step is not None:
+                self.until_step(after_step)
             learner.Pause(learner_pb.PauseRequest(), timeout=CALL_SECONDS)
             self.until(lambda: self.learner_status().activity.startswith("is paused"), "the pause")
             try:

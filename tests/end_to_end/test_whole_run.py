@@ -45,7 +45,7 @@ from tests.observability.answered import Answers
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(900)]
 
-NUM_STEPS = 24
+NUM_STEPS = 36
 """A step takes a tenth of a second: the pause must come before the end."""
 
 MAX_STALENESS = 1
@@ -106,11 +106,12 @@ def finished(
     folder = tmp_path_factory.mktemp("whole")
     run_file = write_run_file(folder, model=model, num_steps=NUM_STEPS, max_staleness=MAX_STALENESS)
     up = start(folder, run_file, "--run-id", RUN_ID)
-    up.until_says("all services are up")
-    with monitored(up) as monitor:
-        up.until_step(PAUSE_AT)
-        with up.paused():
-            seen = look(up, model, monitor)
+    up.until_says("learner is up")
+    with up.paused():  # or one replica might do it all before the other's engine is there
+        up.until_says("all services are up")
+        up.until_serving({"rollout-0", "rollout-1"})
+    with monitored(up) as monitor, up.paused(after_step=PAUSE_AT):
+        seen = look(up, model, monitor)
     up.wait(0)
     return Finished(up, seen, processes_in(folder), monitor)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -14,7 +15,7 @@ from shared.rpc import open_channel
 from tests.fuzz.payloads import payload
 from tests.fuzz.services import ANSWERS, TARGETS, Code, Servers, call, servers
 
-CALL_SECONDS = 20.0
+CALL_SECONDS = 60.0
 """A call that takes longer hangs; on an idle machine one takes milliseconds."""
 
 STEP_SECONDS = 0.05
@@ -61,6 +62,12 @@ class Fuzzed:
             if method.endswith(("/GetStatus", "/Check")):
                 good = TARGETS[method].seeds[0].SerializeToString()
                 assert await self.call(method, good) is Code.OK, method
+
+    async def assert_forgets(self) -> None:
+        """Nobody waits for a step any more of whom all have gone."""
+        async with asyncio.timeout(CALL_SECONDS):
+            while self.servers.progress.checkpoint_requests:
+                await asyncio.sleep(0.01)
 
 
 @asynccontextmanager

@@ -23,7 +23,7 @@ from tests.learner import test_inbox as inbox
 from tests.rollout import scene as rollout
 
 _AT_A_TIME = 32
-_DONE_SECONDS = 20.0
+_DONE_SECONDS = 60.0
 
 
 async def attack_sampler(draw: random.Random, count: int) -> None:

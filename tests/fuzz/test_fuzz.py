@@ -49,7 +49,7 @@ def test_every_method_is_attacked() -> None:
 @pytest.mark.asyncio(loop_scope="module")
 async def test_no_call_crashes_hangs_or_gets_an_unclear_status(running: Fuzzed) -> None:
     await rounds.attack_calls(SEED, running, 12)
-    assert not running.servers.progress.checkpoint_requests
+    await running.assert_forgets()
 
 
 @pytest.mark.asyncio(loop_scope="module")

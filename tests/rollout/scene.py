@@ -93,6 +93,6 @@ class Scene:
 
 async def until(condition: Callable[[], object]) -> None:
     """Let the loop run until the condition holds."""
-    async with asyncio.timeout(20.0):
+    async with asyncio.timeout(60.0):
         while not condition():
             await asyncio.sleep(0.001)

@@ -115,6 +115,8 @@ class SimulatedEngine:
         fails_to_join: refuse every group, as an engine whose process ended.
         hang_ups: leave the group when an update begins, so many times.
         misloads: end so many swaps with a damaged model.
+        may_swap: a swap ends only while this is set, as it is at first.
+        is_swapping: set while one is under way.
     """
 
     num_workers = 1
@@ -130,6 +132,8 @@ class SimulatedEngine:
         self.fails_to_join = False
         self.hang_ups = 0
         self.misloads = 0
+        self.may_swap, self.is_swapping = asyncio.Event(), asyncio.Event()
+        self.may_swap.set()
         self._receiving: asyncio.Future[Received] | None = None
         self._swaps: deque[tuple[float, int]] = deque(maxlen=_REMEMBERED_SWAPS)
         self._requests: dict[str, _Request] = {}
@@ -265,7 +269,7 @@ class SimulatedEngine:
             raise BroadcastError(f"received {received.checksum}, but {expected_checksum} was sent")
         self._receiving = None
         paused_at = time.monotonic()
-        await asyncio.sleep(self.simulation.swap_seconds)
+        await self._swap()
         if self.misloads:
             self.misloads -= 1
             self.policy_version = None
@@ -279,6 +283,14 @@ class SimulatedEngine:
             load_seconds=seconds,
             pause_seconds=seconds,
         )
+
+    async def _swap(self) -> None:
+        self.is_swapping.set()
+        try:
+            await asyncio.sleep(self.simulation.swap_seconds)
+            await self.may_swap.wait()
+        finally:
+            self.is_swapping.clear()
 
     async def abort_update(self) -> None:
         self._receiving = None

@@ -75,7 +75,7 @@ async def adopt(*scenes: Scene) -> None:
 
 
 async def sampled_by(healthy: Scene, count: int, *others: Scene) -> None:
-    async with asyncio.timeout(10.0):
+    async with asyncio.timeout(60.0):
         while healthy.sampler.groups_sampled < count:
             await adopt(*others, healthy)
             await asyncio.sleep(0.005)
@@ -94,7 +94,7 @@ async def looks(scene: Scene) -> None:
 
 async def saved(scene: Scene, num_tokens: int) -> None:
     """Until the store holds so many tokens of every completion."""
-    async with asyncio.timeout(10.0):
+    async with asyncio.timeout(60.0):
         for entry in await scene.prompts.browse():
             lengths: list[int] = []
             while lengths != [num_tokens] * 2:

@@ -9,6 +9,9 @@ import pytest
 
 from services.rollout.replica import Event, Replica, State, next_state
 
+SECONDS = 30.0
+"""For what comes at once."""
+
 ALLOWED = {
     (State.JOINING, Event.READY): State.STALE,
     (State.JOINING, Event.DRAIN): State.DRAINING,
@@ -66,7 +69,7 @@ async def test_a_group_waits_for_the_version_it_needs() -> None:
     await asyncio.sleep(0)
     assert not waiting.done()
     await replica.judged(2, is_confirmed=True)
-    assert await asyncio.wait_for(waiting, 1.0)
+    assert await asyncio.wait_for(waiting, SECONDS)
 
 
 async def test_draining_ends_the_wait_for_work() -> None:
@@ -74,7 +77,7 @@ async def test_draining_ends_the_wait_for_work() -> None:
     waiting = asyncio.create_task(replica.wait_to_serve(min_policy_version=9))
     await asyncio.sleep(0)
     await replica.handle(Event.DRAIN)
-    assert not await asyncio.wait_for(waiting, 1.0)
+    assert not await asyncio.wait_for(waiting, SECONDS)
 
 
 async def test_the_verdict_on_a_swapped_version_is_waited_for() -> None:
@@ -85,7 +88,7 @@ async def test_the_verdict_on_a_swapped_version_is_waited_for() -> None:
     await asyncio.sleep(0)
     assert not waiting.done()
     await replica.judged(2, is_confirmed=False)
-    assert not await asyncio.wait_for(waiting, 1.0)
+    assert not await asyncio.wait_for(waiting, SECONDS)
     assert replica.state is State.STALE
 
 
@@ -93,7 +96,7 @@ async def test_a_version_replaced_without_a_verdict_counts_as_rejected() -> None
     replica = await serving(1)
     await replica.swapped(2)
     await replica.swapped(3)
-    assert not await asyncio.wait_for(replica.wait_for_verdict(2), 1.0)
+    assert not await asyncio.wait_for(replica.wait_for_verdict(2), SECONDS)
 
 
 async def test_a_version_published_again_after_a_resume_needs_a_new_verdict() -> None:
@@ -124,21 +127,21 @@ async def test_an_outdated_replica_waits_until_it_hears_otherwise_or_is_refitted
     assert not any(wait.done() for wait in waits)
     assert replica.state is State.SERVING
     await replica.heed(is_outdated=False, claims_from=0)
-    assert await asyncio.wait_for(asyncio.gather(*waits), 1.0) == [True, True]
+    assert await asyncio.wait_for(asyncio.gather(*waits), SECONDS) == [True, True]
     await replica.heed(is_outdated=True, claims_from=0)
     await replica.swapped(2)
     await replica.judged(2, is_confirmed=True)
-    assert await asyncio.wait_for(replica.wait_to_claim(), 1.0)
+    assert await asyncio.wait_for(replica.wait_to_claim(), SECONDS)
 
 
 async def test_a_replica_that_needs_a_newer_version_claims_nothing_and_serves_what_it_has() -> None:
     replica = await serving(1)
     await replica.heed(is_outdated=False, claims_from=2)
     claiming = asyncio.create_task(replica.wait_to_claim())
-    assert await asyncio.wait_for(replica.wait_to_serve(min_policy_version=1), 1.0)
+    assert await asyncio.wait_for(replica.wait_to_serve(min_policy_version=1), SECONDS)
     assert not claiming.done()
     await replica.handle(Event.DRAIN)
-    assert not await asyncio.wait_for(claiming, 1.0)
+    assert not await asyncio.wait_for(claiming, SECONDS)
 
 
 async def test_how_long_a_version_was_served_is_known_afterwards() -> None:

@@ -56,12 +56,12 @@ class Scene:
 
     async def status(self) -> pb.GetRolloutStatusResponse:
         stub: pb_grpc.RolloutAsyncStub = pb_grpc.RolloutStub(self.channel)
-        return await stub.GetStatus(pb.GetRolloutStatusRequest(), timeout=10.0)
+        return await stub.GetStatus(pb.GetRolloutStatusRequest(), timeout=60.0)
 
     async def health(self, name: str) -> Any:
         stub: Any = health_pb2_grpc.HealthStub(self.channel)
         request = health_pb2.HealthCheckRequest(service=name)
-        return (await stub.Check(request, timeout=10.0)).status
+        return (await stub.Check(request, timeout=60.0)).status
 
     async def is_stuck(self) -> bool:
         return bool(await self.health(PROGRESS) == NOT_SERVING)
@@ -75,7 +75,7 @@ class Scene:
 
 
 async def until(holds: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(20.0):
+    async with asyncio.timeout(60.0):
         while not await holds():
             await asyncio.sleep(0.02)
 

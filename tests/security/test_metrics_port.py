@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -272,16 +272,22 @@ def test_an_event_loop_that_hangs_is_not_well_and_its_metrics_are_told_all_the_s
         assert process.stdout is not None
         try:
             url = f"http://127.0.0.1:{int(process.stdout.readline())}"
-            assert (status(f"{url}/health/x"), status(f"{url}/health/{PROGRESS}")) == (200, 200)
+            until(lambda: {status(f"{url}/health/{name}") for name in ("x", PROGRESS)} == {200})
             process.send_signal(signal.SIGUSR1)
-            deadline = time.monotonic() + CALL_SECONDS
-            while status(f"{url}/health/{PROGRESS}") == 200:  # until the signal is delivered
-                assert time.monotonic() < deadline
+            until(lambda: status(f"{url}/health/{PROGRESS}") == 503)  # the signal is delivered
             assert (status(f"{url}/health/x"), status(f"{url}/health/{PROGRESS}")) == (503, 503)
             assert status(f"{url}/metrics") == 200
             assert process.poll() is None
         finally:
             process.kill()
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """An answer that comes too late on a busy machine is none, and is asked for again."""
+    deadline = time.monotonic() + 2 * CALL_SECONDS
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_health_does_not_come_from_an_event_loop_that_ended() -> None:

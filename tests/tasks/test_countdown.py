@@ -134,7 +134,7 @@ def test_a_number_that_occurs_twice_may_be_used_twice() -> None:
     assert not passes("5-5=0,0+5=5$", "3 5 5>5")
 
 
-@pytest.mark.timeout(10)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     "unit", ["(", "9", "3*4=12,", "3*", "=", "$", "\x00", "٣", "-", "3*4=12,7+12=19$", " "]
 )

@@ -104,7 +104,9 @@ def print_much(answer: str) -> Verdict:
 
 def leave_a_child(answer: str) -> Verdict:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
-    Path(answer).write_text(str(child.pid), "utf8")
+    written = Path(answer).with_suffix(".written")
+    written.write_text(str(child.pid), "utf8")
+    written.rename(answer)  # there at once, with what it says
     return loop_for_ever(answer)
 
 
@@ -127,7 +129,10 @@ def read_the_verifier(answer: str) -> Verdict:
 
 
 def nap(answer: str) -> Verdict:
-    time.sleep(float(answer))
+    """For so many seconds, once there is a file of this name."""
+    seconds, path = answer.split(maxsplit=1)
+    Path(path).touch()
+    time.sleep(float(seconds))
     return PASS
 
 

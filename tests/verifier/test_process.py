@@ -51,8 +51,8 @@ name = "{task}"
 [rollout]
 max_completion_tokens = 32
 [network]
-lease_seconds = 1.0
-call_timeout_seconds = 2.0
+lease_seconds = 10.0
+call_timeout_seconds = 30.0
 [redis]
 url = "{url}"
 reclaim_seconds = 0.5
@@ -107,17 +107,20 @@ async def opened(run_file: Path) -> AsyncIterator[tuple[Streams, Registry]]:
         run_id=config.run.name,
         prompts=Bounds(64, 1 << 20),
         groups=Bounds(64, 1 << 20),
-        timeout_seconds=5.0,
+        timeout_seconds=60.0,
     ) as streams:
         yield streams, Registry(streams.client, prefix=streams.prefix)
 
 
 async def until_leased(registry: Registry, name: str) -> Member:
+    found: list[Member] = []
+
     async def is_there() -> bool:
-        return name in [member.name for member in await registry.members("verifier")]
+        found[:] = [each for each in await registry.members("verifier") if each.name == name]
+        return bool(found)
 
     await until(is_there)
-    return next(each for each in await registry.members("verifier") if each.name == name)
+    return found[0]
 
 
 def children(pid: int) -> list[int]:
@@ -195,7 +198,7 @@ async def test_a_scorer_that_stands_still_is_told_in_status_and_health_until_it_
 
             async def health(name: str) -> Any:
                 request = health_pb2.HealthCheckRequest(service=name)
-                return (await checker.Check(request, timeout=10.0)).status
+                return (await checker.Check(request, timeout=SECONDS)).status
 
             async def is_stuck() -> bool:
                 return bool(await health(PROGRESS) == NOT_SERVING)
@@ -204,7 +207,7 @@ async def test_a_scorer_that_stands_still_is_told_in_status_and_health_until_it_
                 return not await is_stuck()
 
             async def activity() -> str:
-                return (await stub.GetStatus(GetVerifierStatusRequest(), timeout=10.0)).activity
+                return (await stub.GetStatus(GetVerifierStatusRequest(), timeout=SECONDS)).activity
 
             assert re.fullmatch(r"waits for rollouts for \d+ s", await activity())
             (scorer,) = children(process.pid)
@@ -231,6 +234,9 @@ async def test_a_scorer_that_stands_still_is_told_in_status_and_health_until_it_
 async def test_what_a_killed_verifier_had_claimed_is_scored_by_another(
     verifiers: Verifiers, model: Path
 ) -> None:
+    text = verifiers.run_file.read_text("utf8")
+    short = text.replace("lease_seconds = 10.0", "lease_seconds = 1.0")
+    verifiers.run_file.write_text(short, "utf8")
     first = verifiers.start("first")
     async with opened(verifiers.run_file) as (streams, registry):
         await until_leased(registry, "first")
@@ -260,7 +266,12 @@ async def test_what_a_killed_verifier_had_claimed_is_scored_by_another(
     [
         ('name = "countdown"', 'name = "x"', 2, "error: task.name = 'x': no such task; known"),
         ('path = "/', 'path = "/nowhere/', 1, "error: model.path = '/nowhere/"),
-        ('url = "', 'url = "redis://127.0.0.1:1/0"  # ', 1, "error: redis.url = "),
+        (
+            'call_timeout_seconds = 30.0\n[redis]\nurl = "',
+            'call_timeout_seconds = 1.0\n[redis]\nurl = "redis://127.0.0.1:1/0"  # ',
+            1,
+            "error: redis.url = ",
+        ),
     ],
 )
 def test_what_is_wrong_at_the_start_is_one_line(

@@ -48,7 +48,7 @@ async def test_a_direct_caller_gets_the_scores_the_stream_would(
 ) -> None:
     completions = ["3*4=12,7+12=19$", "3*4=12,7+12=19", ""]
     request = pb.ScoreRequest(task="countdown", answer=ANSWER, completions=completions)
-    response = await stub.Score(request, timeout=10.0)
+    response = await stub.Score(request, timeout=60.0)
     assert [score.outcome for score in response.scores] == [
         trajectory.OUTCOME_PASS,
         trajectory.OUTCOME_FAIL,
@@ -62,7 +62,7 @@ async def test_an_answer_the_scorer_refuses_is_an_error_outcome(
     stub: pb_grpc.VerifierAsyncStub,
 ) -> None:
     request = pb.ScoreRequest(task="countdown", answer="?", completions=["x"])
-    response = await stub.Score(request, timeout=10.0)
+    response = await stub.Score(request, timeout=60.0)
     assert [score.outcome for score in response.scores] == [trajectory.OUTCOME_ERROR]
 
 
@@ -95,7 +95,7 @@ async def test_a_call_that_cannot_be_served_gets_its_status(
     stub: pb_grpc.VerifierAsyncStub, request_: pb.ScoreRequest, code: grpc.StatusCode, detail: str
 ) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await stub.Score(request_, timeout=10.0)
+        await stub.Score(request_, timeout=60.0)
     assert caught.value.code() is code
     assert detail in (caught.value.details() or "")
 
@@ -103,7 +103,7 @@ async def test_a_call_that_cannot_be_served_gets_its_status(
 async def test_the_status_counts_what_came_through_the_stream(
     stub: pb_grpc.VerifierAsyncStub,
 ) -> None:
-    status = await stub.GetStatus(pb.GetVerifierStatusRequest(), timeout=10.0)
+    status = await stub.GetStatus(pb.GetVerifierStatusRequest(), timeout=60.0)
     assert (status.replica, status.groups_scored, status.completions_scored) == (
         "verifier-0", 3, 24,
     )  # fmt: skip
@@ -113,5 +113,5 @@ async def test_the_status_counts_what_came_through_the_stream(
 
 async def test_calls_are_answered_side_by_side(stub: pb_grpc.VerifierAsyncStub) -> None:
     request = pb.ScoreRequest(task="countdown", answer=ANSWER, completions=["3*4=12,7+12=19$"] * 50)
-    responses = await asyncio.gather(*(stub.Score(request, timeout=20.0) for _ in range(8)))
+    responses = await asyncio.gather(*(stub.Score(request, timeout=60.0) for _ in range(8)))
     assert [len(response.scores) for response in responses] == [50] * 8

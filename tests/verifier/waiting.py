@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-SECONDS = 60.0
+SECONDS = 120.0
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
