@@ -15,7 +15,7 @@ from pathlib import Path
 from services.cli.checkpoints import KeptCheckpoint, best_of, checkpoints_text, kept_checkpoints
 from services.cli.measurements import read_rows
 from services.cli.run_folder import RunFolder
-from shared.errors import ConfigError
+from shared.errors import ConfigError, StartError
 from shared.new_folder import check_free, new_folder
 
 BEST = "best"
@@ -34,7 +34,7 @@ def export_model(folder: RunFolder, destination: Path) -> Path:
 
     Raises:
         ConfigError: the run has no model yet, or the destination exists.
-        StartError: the copy cannot be written.
+        StartError: the copy cannot be written, or the run replaced its model meanwhile.
     """
     if not (folder.model / "config.json").is_file():
         raise ConfigError(
@@ -44,7 +44,13 @@ def export_model(folder: RunFolder, destination: Path) -> Path:
         )
     check_free(destination)
     with new_folder(destination) as written:
-        shutil.copytree(folder.model, written, dirs_exist_ok=True)
+        copied = folder.model.stat().st_ino
+        try:
+            shutil.copytree(folder.model, written, dirs_exist_ok=True)
+        finally:
+            # A run that was prolonged renames its new model to this place, at any moment.
+            if not folder.model.exists() or folder.model.stat().st_ino != copied:
+                raise StartError(f"{folder.model}: was replaced while it was copied; try again")
     return destination
 
 

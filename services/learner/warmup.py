@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import os
 import shutil
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from shared.config import RunConfig, load_run
 from shared.config.services import WarmupConfig
 from shared.errors import ConfigError, IsentropeError
+from shared.new_folder import sync
 from shared.tasks.registry import load_task
 from shared.tasks.task import DemonstratedTask, Problem
 from shared.tokenizer import character_ids, save_characters
@@ -219,11 +219,11 @@ def _save(model: Any, config: RunConfig, task: DemonstratedTask, folder: Path) -
         save_characters(task.alphabet, end=task.end, folder=unfinished)
         for path in unfinished.iterdir():
             path.chmod(0o644)
-            _sync(path)
+            sync(path)
         unfinished.chmod(0o755)
-        _sync(unfinished)
+        sync(unfinished)
         _rename(unfinished, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -235,14 +235,6 @@ def _rename(unfinished: Path, folder: Path) -> None:
         # Another process was first with the same model; that one stays.
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,3 +69,27 @@ def test_without_a_checkpoint_s_name_an_unfinished_run_names_the_way_to_one(
 ) -> None:
     assert main(["export", str(folder.path), str(folder.path.parent / "out")]) == 2
     assert "--checkpoint best, last or a name" in capsys.readouterr().err
+
+
+def test_a_model_that_is_replaced_while_it_is_copied_is_not_mixed_with_the_new_one(
+    folder: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder.model.mkdir()
+    (folder.model / "config.json").write_text("{}")
+    out = folder.path.parent / "out"
+    replacements = [folder.path / "newer"]
+
+    def replace(event: str, args: tuple[Any, ...]) -> None:
+        if event == "shutil.copytree" and args[0] == folder.model and replacements:
+            newer = replacements.pop()
+            newer.mkdir()
+            (newer / "config.json").write_text("{}")
+            folder.model.rename(folder.path / "older")
+            newer.rename(folder.model)
+
+    sys.addaudithook(replace)
+    assert main(["export", str(folder.path), str(out)]) == 1
+    assert "was replaced while it was copied; try again" in capsys.readouterr().err
+    assert not out.exists()
+    assert main(["export", str(folder.path), str(out)]) == 0
+    assert (out / "config.json").is_file()
