@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -13,9 +14,13 @@ from shared.redis_server import embedded_redis
 from shared.redis_stream import Streams, open_streams
 from shared.stream import Bounds
 
-# A busy machine is no failure.
-settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("unhurried")
+# A busy machine is no failure. The examples are the same each time, so that a red run is of the
+# change it came with; HYPOTHESIS_PROFILE=searching looks for new ones.
+for name, is_steady in (("steady", True), ("searching", False)):
+    settings.register_profile(
+        name, deadline=None, derandomize=is_steady, suppress_health_check=[HealthCheck.too_slow]
+    )
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,7 +14,7 @@ from tests.forked import Forked
 ADAPTER_PACKAGES = Path(sys.prefix) / "lora"
 """Where deploy/setup.sh puts peft, apart from what every process may import."""
 
-JOB_SECONDS = 120.0
+JOB_SECONDS = 240.0
 
 Job = Callable[[str, Path, Path], None]
 

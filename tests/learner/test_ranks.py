@@ -54,7 +54,7 @@ def test_rank_0_does_not_wait_for_ever_for_a_rank_that_stands_still(tmp_path: Pa
             each.close()
 
 
-PATIENCE = timedelta(seconds=3)
+PATIENCE = timedelta(seconds=5)
 
 
 def wait_for_commands(rank: int, port: int) -> None:
