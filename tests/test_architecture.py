@@ -15,7 +15,7 @@ TOP_LEVEL = {
     "LICENSE", "CONTRIBUTING.md",
 }  # fmt: skip
 
-PURE = {"torch", "math", "dataclasses", "collections", "typing", "enum", "__future__"}
+PURE = {"torch", "math", "dataclasses", "collections", "functools", "typing", "enum", "__future__"}
 
 HOMES = {
     "redis": {
