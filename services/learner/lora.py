@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shared.config.services import LoraConfig
+from shared.config.learner import LoraConfig
 from shared.errors import ConfigError
 
 KEY = "learner.lora"

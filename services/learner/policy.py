@@ -19,7 +19,7 @@ from services.learner.lora import Adapters
 from services.learner.packing import PACKED, Packing
 from services.learner.supported import head_weight, pass_cost
 from shared.config import RunConfig
-from shared.config.services import LoraConfig
+from shared.config.learner import LoraConfig
 from shared.errors import ConfigError, StartError
 from shared.rl.entropy import TokenStatistics, fused_logprob_entropy
 

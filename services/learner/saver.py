@@ -24,7 +24,7 @@ from services.learner.inbox import Inbox
 from services.learner.outage import StopRequestedError
 from services.learner.progress import Progress
 from services.learner.publisher import OnEngine
-from shared.config.services import CheckpointConfig
+from shared.config.learner import CheckpointConfig
 from shared.errors import CheckpointError
 from shared.metrics.learner import LEARNER_CHECKPOINT_SECONDS, LEARNER_CHECKPOINTS
 

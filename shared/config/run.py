@@ -21,12 +21,11 @@ from shared.config.algorithm import (
     TargetEntropyConfig,
 )
 from shared.config.entropy import SECTION_OF_METHOD
+from shared.config.learner import CheckpointConfig, LearnerConfig
 from shared.config.section import Count, Index, Section
 from shared.config.services import (
-    CheckpointConfig,
     Dtype,
     EvaluationConfig,
-    LearnerConfig,
     ModelConfig,
     NetworkConfig,
     RedisConfig,

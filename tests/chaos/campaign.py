@@ -18,7 +18,7 @@ from services.cli.launch import plan_warmup
 from services.cli.measurements import latest, read_rows
 from services.cli.run_folder import RunFolder, new_run
 from shared.config import load_run
-from shared.config.services import LearnerConfig
+from shared.config.learner import LearnerConfig
 from shared.stream import DEAD_LETTER
 from tests.chaos.disk import SmallDisk, small_disk
 from tests.chaos.faults import FAULTS, Scene

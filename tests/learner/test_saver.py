@@ -14,7 +14,7 @@ import pytest
 from services.learner.checkpoint import newest_checkpoint
 from services.learner.progress import Progress
 from services.learner.saver import Saver, unanswered
-from shared.config.services import CheckpointConfig
+from shared.config.learner import CheckpointConfig
 from shared.errors import CheckpointError, EngineError
 from shared.metrics.learner import LEARNER_CHECKPOINTS
 from tests.factories import make_scored
