@@ -17,7 +17,7 @@ from torch import Tensor
 
 from services.learner.balance import rows_by_rank
 from services.learner.batch import Batch, build_batch, collate_sequences
-from services.learner.hugging_face import replace_model
+from services.learner.hugging_face import export_policy, replaced_model
 from services.learner.measures import StepReport
 from services.learner.parts import UNREADABLE, check_parts, unreadable
 from services.learner.policy import Policy, load_policy
@@ -205,7 +205,8 @@ class LearnerEngine:
             count = len(self._weights.published())
             numbers = range(count, count + len(self._weights.adapters()))
             adapters = {name: weight.cpu() for name, weight in self._read(numbers)}
-        replace_model(self._policy, weights, self._model_path, folder, adapters=adapters)
+        with replaced_model(folder) as new:
+            export_policy(self._policy, weights, self._model_path, new, adapters=adapters)
 
     def follow(self) -> None:
         """Obey rank 0 until it closes; for every other rank.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -45,22 +46,16 @@ def export_policy(
         shutil.copymode(folder / "config.json", path)
 
 
-def replace_model(
-    policy: Policy,
-    weights: Mapping[str, Tensor],
-    source: str,
-    folder: Path,
-    *,
-    adapters: Mapping[str, Tensor] | None = None,
-) -> None:
-    """As `export_policy`, in place of what is at `folder`, which stays as it is until then.
+@contextmanager
+def replaced_model(folder: Path) -> Iterator[Path]:
+    """Where to export a run's model, in place of what is at `folder`: as `replaced_folder`.
 
     Raises:
         CheckpointError: the disk refused.
     """
     try:
         with replaced_folder(folder) as new:
-            export_policy(policy, weights, source, new, adapters=adapters)
+            yield new
     except OSError as error:
         raise CheckpointError(
             f"{folder}: the model was not written ({error}); the run's last checkpoint holds it:"

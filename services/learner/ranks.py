@@ -203,11 +203,8 @@ class Ranks:
 
 
 def reason_of(error: RuntimeError) -> str:
-    """What torch raises in a line, and where there is one the remedy."""
+    """What torch raises in a line; of a lost connection also where the cause is told."""
     reason = (str(error) or type(error).__name__).splitlines()[0]
-    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        remedy = 'install a C++ compiler, or set learner.head_work = "in_place"'
-        return f"the head's kernels cannot be compiled ({reason}): {remedy}"
     if isinstance(error, dist.DistError) or "gloo" in reason:
         return f"another rank is gone or stands still: its log says why; then resume ({reason})"
     return reason

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 from services.learner.balance import PassCost
 from services.learner.batch import MicroBatch, collate_sequences
@@ -84,7 +85,8 @@ class ZeroModel:
         """Compare what is computed from hidden states with the model's own logits; ranks alike.
 
         Raises:
-            ConfigError: the model does more to its logits than the product with its head.
+            ConfigError: the model does more to its logits than the product with its head, or the
+                head's kernels cannot be compiled.
         """
         try:
             with torch.no_grad():
@@ -95,6 +97,11 @@ class ZeroModel:
             raise ConfigError(
                 f"{named(self._policy.model)}: it does not give hidden states and logits as"
                 f" language models of Hugging Face do ({error}); choose another model.path"
+            ) from error
+        except TorchDynamoException as error:
+            raise ConfigError(
+                "learner.head_work: the head's kernels cannot be compiled"
+                f' ({str(error).splitlines()[0]}); install a C++ compiler, or set it to "in_place"'
             ) from error
         difference = (ours - own).abs().mean()
         if _is_anywhere(not difference <= LOGIT_TOLERANCE[self._policy.dtype], ranks):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shared.rl.head_product import HeadProduct
-from shared.rl.tile_work import TileSlopes, TileWork
+from shared.rl.tile_work import Slopes, TileWork
 
 
 class HeadRows(NamedTuple):
@@ -33,26 +33,14 @@ class HeadRows(NamedTuple):
     cut_column: Tensor
 
 
-class _Slopes(NamedTuple):
-    """The gradient of each token's logits as a function of x = z - peak.
+def _slopes(
+    rows: HeadRows, grads: Sequence[Tensor | None], temperature: float
+) -> tuple[Slopes, Tensor | None]:
+    """From the gradients of log-prob, entropy and clamped entropy, to that of the product.
 
-        e^x (bend x + offset + [kept] (kept_bend x + kept_offset)) + [target] one_hot
-
-    Each is [T, 1]; `kept` has both columns. None where it is 0 for every token.
+    Returns:
+        with what the target's logit has besides, [T, 1], if anything.
     """
-
-    offset: Tensor
-    bend: Tensor | None
-    kept: Tensor | None
-    one_hot: Tensor | None
-
-    def at(self, tokens: slice) -> _Slopes:
-        bend, kept, one_hot = (None if each is None else each[tokens] for each in self[1:])
-        return _Slopes(self.offset[tokens], bend, kept, one_hot)
-
-
-def _slopes(rows: HeadRows, grads: Sequence[Tensor | None], temperature: float) -> _Slopes:
-    """From the gradients of log-prob, entropy and clamped entropy, to that of the product."""
     logprob, entropy, clamped = (
         grad.double().unsqueeze(-1) / temperature if _is_there(grad) else None for grad in grads
     )
@@ -69,7 +57,7 @@ def _slopes(rows: HeadRows, grads: Sequence[Tensor | None], temperature: float) 
         kept_bend = -clamped * (-rows.log_kept).exp()
         kept_offset = kept_bend * (rows.clamped_entropy - rows.log_kept)
         kept = torch.cat([kept_bend, kept_offset], -1).to(wide)
-    return _Slopes(offset.to(wide), bend, kept, None if logprob is None else logprob.to(wide))
+    return Slopes(offset.to(wide), bend, kept), None if logprob is None else logprob.to(wide)
 
 
 def _is_there(grad: Tensor | None) -> TypeGuard[Tensor]:
@@ -82,7 +70,8 @@ class _Chunk(NamedTuple):
     tokens: slice
     targets: Tensor
     rows: HeadRows
-    slopes: _Slopes
+    slopes: Slopes
+    of_target: Tensor | None
     has_ties: bool
     logits: Tensor | None
 
@@ -103,9 +92,16 @@ def head_gradients(
         last_logits: of the last of the product's chunks.
         needs_grad: of hidden and weight; None stands for the gradient of the other.
     """
-    slopes = _slopes(rows, grads, product.temperature)
+    slopes, of_target = _slopes(rows, grads, product.temperature)
     chunks = [
-        _chunk(targets, rows, slopes, tokens, last_logits if place == len(product.chunks) else None)
+        _chunk(
+            targets,
+            rows,
+            slopes,
+            of_target,
+            tokens,
+            last_logits if place == len(product.chunks) else None,
+        )
         for place, tokens in enumerate(product.chunks, start=1)
     ]
     hidden, wide = product.hidden, product.wide
@@ -129,7 +125,12 @@ def head_gradients(
 
 
 def _chunk(
-    targets: Tensor, rows: HeadRows, slopes: _Slopes, tokens: slice, logits: Tensor | None
+    targets: Tensor,
+    rows: HeadRows,
+    slopes: Slopes,
+    of_target: Tensor | None,
+    tokens: slice,
+    logits: Tensor | None,
 ) -> _Chunk:
     mine = HeadRows(*(each[tokens] for each in rows))
     return _Chunk(
@@ -137,6 +138,7 @@ def _chunk(
         targets=targets[tokens].unsqueeze(-1),
         rows=mine,
         slopes=slopes.at(tokens),
+        of_target=None if of_target is None else of_target[tokens],
         has_ties=bool((mine.cut_column >= 0).any()),
         logits=logits,
     )
@@ -172,16 +174,12 @@ def _tile_gradient(
         logits = product.write(room, chunk.tokens, block_weight)
     else:
         logits = chunk.logits[:, block]
-    offset, bend, kept, one_hot = chunk.slopes
-    slopes = TileSlopes(offset, bend, None, None, None)
-    if kept is not None:
-        mask = _kept(logits, block, chunk, work)
-        slopes = TileSlopes(offset, bend, mask, kept[:, :1], kept[:, 1:])
-    gradient = work.gradient(logits, chunk.rows.peak, slopes)
-    if one_hot is not None:
+    mask = None if chunk.slopes.kept is None else _kept(logits, block, chunk, work)
+    gradient = work.gradient(logits, chunk.rows.peak, chunk.slopes, mask)
+    if chunk.of_target is not None:
         column = chunk.targets - block.start
         is_here = (column >= 0) & (column < len(block_weight))
-        gradient.scatter_add_(-1, column.clamp(0, len(block_weight) - 1), one_hot * is_here)
+        gradient.scatter_add_(-1, column.clamp(0, len(block_weight) - 1), chunk.of_target * is_here)
     return gradient
 
 

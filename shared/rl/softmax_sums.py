@@ -13,6 +13,7 @@ times as slow with truth values.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ from shared.rl.smallest import (
     no_cut,
     sampled_band,
 )
-from shared.rl.tile_work import FLOOR, TileWork
+from shared.rl.tile_work import FLOOR, TileWork, weighted_sums
 
 LONG_ROW = 16_384
 """From so many tokens on, a sample of the row spares more than it costs."""
@@ -81,9 +82,8 @@ class RunningSums:
         """No tile has come, of rows for which there is a column [T, 1] of the logits' type."""
         # Not -inf, from which a tile of nothing else has no distance.
         self.peak = torch.full_like(column, torch.finfo(column.dtype).min)
-        sums = column.new_zeros(4, *column.shape, dtype=torch.float64)
-        self._first, self._second = sums[:2], sums[2:]
-        self.total, self.centred, self.squares, self.centred_squares = sums
+        self._sums = column.new_zeros(4, *column.shape, dtype=torch.float64)
+        self.total, self.centred, self.squares, self.centred_squares = self._sums
         self._with_squares = with_squares
 
     def add(self, tile: Tensor, work: TileWork) -> None:
@@ -91,12 +91,10 @@ class RunningSums:
         peak = torch.maximum(self.peak, tile.amax(-1, keepdim=True))
         shift = (self.peak - peak).double().clamp_(min=FLOOR)
         self.peak = peak
-        _shift(self._first, shift, shift.exp())
+        _shift(self._sums[:2], shift, shift.exp())
         if self._with_squares:
-            _shift(self._second, shift, (2 * shift).exp())
-        sums = work.sums(tile, peak, with_squares=self._with_squares)
-        for mine, part in zip((*self._first, *self._second), sums, strict=False):
-            mine += part
+            _shift(self._sums[2:], shift, (2 * shift).exp())
+        _add(self._sums, work.sums(tile, peak, with_squares=self._with_squares))
 
 
 def removed_sums(rows: LogitRows, num_removed: int, work: TileWork) -> tuple[Tensor, Cut]:
@@ -109,10 +107,7 @@ def removed_sums(rows: LogitRows, num_removed: int, work: TileWork) -> tuple[Ten
         counts = BandCounts(torch.zeros_like(rows.peak), cells)
         for block in rows.blocks:
             below = _count(rows.values, block, band, counts, work)
-            for mine, part in zip(
-                removed, work.masked_sums(rows.values[:, block], rows.peak, below), strict=True
-            ):
-                mine += part
+            _add(removed, work.masked_sums(rows.values[:, block], rows.peak, below))
         missed = _cut_bands(rows, num_removed, band, counts, cut, removed)
     _cut_exactly(rows, num_removed, missed, cut, removed)
     return removed, cut
@@ -124,9 +119,10 @@ def _shift(sums: Tensor, shift: Tensor, factor: Tensor) -> None:
     sums.mul_(factor)
 
 
-def _add(sums: Tensor, exps: Tensor, x: Tensor) -> None:
-    sums[0] += exps.sum(-1, keepdim=True)
-    sums[1] += torch.linalg.vecdot(exps, x).unsqueeze(-1)
+def _add(sums: Tensor, parts: Sequence[Tensor]) -> None:
+    """To the first of the sums."""
+    for place, part in enumerate(parts):
+        sums[place] += part
 
 
 def _band(rows: LogitRows, num_removed: int, work: TileWork) -> Band:
@@ -172,7 +168,7 @@ def _cut_bands(
         )
         cut.value[some], cut.column[some] = found.cut
         x = torch.where(found.entries < torch.inf, found.entries - rows.peak[some], FLOOR)
-        _add(removed[:, some], x.exp(), x)
+        _add(removed[:, some], weighted_sums(x.exp(), x))
         missed.append(found.missed + first)
     return torch.cat(missed)
 
@@ -188,6 +184,6 @@ def _cut_exactly(
         mine = exact_cut(values, num_removed)
         x = (values - peak).clamp_(min=FLOOR)
         sums = removed.new_zeros(2, len(some), 1)
-        _add(sums, x.exp().mul_(mine.removed(values)), x)
+        _add(sums, weighted_sums(x.exp().mul_(mine.removed(values)), x))
         removed[:, some] = sums
         cut.value[some], cut.column[some] = mine

@@ -1,10 +1,9 @@
-"""What is computed from a tile of logits, z: with x = z - peak sums of e^x and e^x x, and
-gradients of the form e^x (b x + a).
+"""What is computed from a tile of logits: sums of e^x and e^x x, and gradients.
 
-There are two ways. In place, in matrices that are written over again and again and so stay in a
-processor's cache; a function of torch after the other reads and writes them there. Or compiled by
-torch, at the first use in a process, into as few kernels as it takes passes: where no cache holds a
-tile, as on a GPU, every pass costs its bytes.
+x is a logit less the highest of its row. There are two ways. In place, in matrices that are written
+over again and again and so stay in a processor's cache; a function of torch after the other reads
+and writes them there. Or compiled by torch, at the first use in a process, into as few kernels as
+it takes passes: where no cache holds a tile, as on a GPU, every pass costs its bytes.
 """
 
 from __future__ import annotations
@@ -23,17 +22,22 @@ FLOOR = -1e4
 _LOG2_E = 1 / math.log(2)
 
 
-class TileSlopes(NamedTuple):
-    """e^x (bend x + offset + mask (kept_bend x + kept_offset)), [T, 1] each but the mask [T, B].
+class Slopes(NamedTuple):
+    """The gradient of each token's logits as a function of x, but for that of its target.
 
-    None where it is 0 for every token; the last three together.
+        e^x (bend x + offset + [kept] (kept_bend x + kept_offset))
+
+    Each is [T, 1]; `kept` has both columns. None where it is 0 for every token.
     """
 
     offset: Tensor
     bend: Tensor | None
-    mask: Tensor | None
-    kept_bend: Tensor | None
-    kept_offset: Tensor | None
+    kept: Tensor | None
+
+    def at(self, tokens: slice) -> Slopes:
+        """Those of some tokens."""
+        bend, kept = (None if each is None else each[tokens] for each in self[1:])
+        return Slopes(self.offset[tokens], bend, kept)
 
 
 class TileWork(Protocol):
@@ -51,8 +55,8 @@ class TileWork(Protocol):
     def masked_sums(self, tile: Tensor, peak: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Sums of e^x and e^x x where the mask is 1, and not 0."""
 
-    def gradient(self, tile: Tensor, peak: Tensor, slopes: TileSlopes) -> Tensor:
-        """As `TileSlopes` says, [T, B]; its mask may be written over."""
+    def gradient(self, tile: Tensor, peak: Tensor, slopes: Slopes, mask: Tensor | None) -> Tensor:
+        """As `Slopes` says, [T, B]; with a mask, which may be written over, if it has `kept`."""
 
 
 class InPlaceWork:
@@ -71,22 +75,20 @@ class InPlaceWork:
 
     def sums(self, tile: Tensor, peak: Tensor, *, with_squares: bool) -> tuple[Tensor, ...]:
         x, exps = self._exponentials(tile, peak)
-        first = _sums(exps, x)
-        return (*first, *_sums(exps.square_(), x)) if with_squares else first
+        first = weighted_sums(exps, x)
+        return (*first, *weighted_sums(exps.square_(), x)) if with_squares else first
 
     def masked_sums(self, tile: Tensor, peak: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         x, exps = self._exponentials(tile, peak)
-        return _sums(exps.mul_(mask), x)
+        return weighted_sums(exps.mul_(mask), x)
 
-    def gradient(self, tile: Tensor, peak: Tensor, slopes: TileSlopes) -> Tensor:
+    def gradient(self, tile: Tensor, peak: Tensor, slopes: Slopes, mask: Tensor | None) -> Tensor:
         x, exps = self._exponentials(tile, peak)
-        mask = slopes.mask
-        if mask is not None and slopes.kept_bend is not None and slopes.kept_offset is not None:
-            line = torch.mul(x, slopes.kept_bend, out=self.room("line", *x.shape))
-            mask.mul_(line.add_(slopes.kept_offset))
-        factor = slopes.offset
-        if slopes.bend is not None:
-            factor = x.mul_(slopes.bend).add_(slopes.offset)
+        offset, bend, kept = slopes
+        if mask is not None and kept is not None:
+            line = torch.mul(x, kept[:, :1], out=self.room("line", *x.shape))
+            mask.mul_(line.add_(kept[:, 1:]))
+        factor = offset if bend is None else x.mul_(bend).add_(offset)
         return exps.mul_(factor if mask is None else mask.add_(factor))
 
     def _exponentials(self, tile: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,8 +122,8 @@ class CompiledWork:
         total, centred = _compiled(_masked_sums)(tile, peak, mask)
         return total, centred
 
-    def gradient(self, tile: Tensor, peak: Tensor, slopes: TileSlopes) -> Tensor:
-        gradient: Tensor = _compiled(_gradient)(tile, peak, *slopes)
+    def gradient(self, tile: Tensor, peak: Tensor, slopes: Slopes, mask: Tensor | None) -> Tensor:
+        gradient: Tensor = _compiled(_gradient)(tile, peak, *slopes, mask)
         return gradient
 
 
@@ -132,7 +134,8 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return compiled
 
 
-def _sums(exps: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def weighted_sums(exps: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of e^x and e^x x, [T, 1] each."""
     return exps.sum(-1, keepdim=True), torch.linalg.vecdot(exps, x).unsqueeze(-1)
 
 
@@ -160,12 +163,11 @@ def _gradient(
     peak: Tensor,
     offset: Tensor,
     bend: Tensor | None,
+    kept: Tensor | None,
     mask: Tensor | None,
-    kept_bend: Tensor | None,
-    kept_offset: Tensor | None,
 ) -> Tensor:
     x = _distance(tile, peak)
     factor = offset if bend is None else bend * x + offset
-    if mask is not None and kept_bend is not None and kept_offset is not None:
-        factor = factor + mask * (kept_bend * x + kept_offset)
+    if mask is not None and kept is not None:
+        factor = factor + mask * (kept[:, :1] * x + kept[:, 1:])
     return x.exp() * factor

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor import config as inductor
 from transformers import AutoModelForCausalLM
 
 from services.learner.engine import LearnerEngine
+from shared.errors import ConfigError
+from tests.forked import Forked
 from tests.integration.test_learner_engine import (
     ALONE,
     model,
@@ -55,3 +59,27 @@ def test_the_key_takes_the_rounding_out_of_the_logits_and_training_goes_on(model
         assert all(bool(weight.isfinite().all()) for weight in after.values())
         assert any(not torch.equal(after[name], before[name]) for name in after)
     assert errors["float32"] < 1e-5 < 1e-3 < errors["model"]
+
+
+def start_without_a_compiler(model: Path, scratch: Path) -> None:
+    """In a process of its own: torch looks for a compiler once."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch)
+    inductor.cpp.cxx = (None, str(scratch / "none"))
+    config = run_config(learner={"head_work": "compiled"})
+    with pytest.raises(
+        ConfigError, match=r"learner.head_work: .* cannot be compiled .*C\+\+"
+    ) as told:
+        LearnerEngine.start(config, str(model), ALONE)
+    assert str(told.value).endswith('install a C++ compiler, or set it to "in_place"')
+    print("was told")
+
+
+def test_a_compiler_that_is_missing_is_told_at_the_start_with_the_way_without(
+    model: Path, tmp_path: Path
+) -> None:
+    process = Forked(tmp_path / "printed", start_without_a_compiler, model, tmp_path)
+    try:
+        assert process.ended(seconds=240.0) == 0, process.printed
+    finally:
+        process.close()
+    assert process.printed.endswith("was told\n")

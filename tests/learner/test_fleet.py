@@ -89,13 +89,13 @@ async def test_a_replica_that_does_not_answer_is_waited_for_once_and_met_when_it
         registry.hold(
             "rollout", "rollout-0", address=f"127.0.0.1:{port}", metrics_address="", seconds=60.0
         ),
-        fleet_over(registry, timeout_seconds=0.5) as fleet,
+        fleet_over(registry, timeout_seconds=1.0) as fleet,
     ):
         for _ in range(10):
             await fleet.meet()
         assert not fleet.peers
         # Who asked at each look would have asked ten times, and waited each time.
-        assert 1 <= num_waiting(silent) < 10
+        assert 1 <= num_waiting(silent) < 5
         silent.close()
         async with serving(port):
             await until(lambda: [peer.name for peer in fleet.peers] == ["rollout-0"])

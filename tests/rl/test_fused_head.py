@@ -309,6 +309,16 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(clamp_p: float | None) -> No
     assert chunk * LONG <= largest.size <= chunk * padded(LONG)
 
 
+def test_a_pass_that_only_measures_holds_a_tile_of_logits_and_no_chunk() -> None:
+    num_tokens = chunk = 64
+    inputs = make_inputs(num_tokens, LONG, dtype=torch.float32, width=3)
+    with LargestTensor(but=LONG * 3 * 4) as largest, torch.no_grad():
+        fused_logprob_entropy(*inputs, temperature=0.7, chunk=chunk, with_mean_pull=True)
+    tile = tiles(chunk, LONG, torch.device("cpu"))[0]
+    assert tile.stop < LONG
+    assert largest.size == num_tokens * tile.stop
+
+
 def test_one_chunk_is_kept_for_the_backward_pass_and_nothing_else_of_that_size() -> None:
     inputs = make_inputs(24, 500, dtype=torch.float32)
     sizes: list[int] = []
